@@ -1,0 +1,90 @@
+"""The typed configuration. Hydra composes YAML; `compose.py` turns it into these dataclasses. No torch here.
+
+Plugin groups (router, balance, dispatch, experts, optim, tracker) stay dictionaries with a `_target_`: a plugin's
+options are its constructor's arguments, so adding one needs no change here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetrain.config.data import DataConfig
+from moetrain.config.model import ModelConfig
+
+
+@dataclass
+class RunConfig:
+    """resume: auto (the newest complete checkpoint of this run, if any) | never | a checkpoint's path."""
+
+    name: str = "run"
+    dir: str = "runs/run"
+    seed: int = 0
+    resume: str = "auto"
+    deterministic: bool = False
+    log_samples: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """global_batch and micro_batch count sequences of seq_len tokens; micro_batch is per data-parallel rank.
+
+    precision: fp64 | fp32 (both for proofs) | bf16 (compute in bf16, master weights and reductions in fp32).
+    eval_every: steps between validations, 0 for none; eval_batches: global batches in one validation.
+    max_grad_norm: 0 turns clipping off. log_every: steps between console lines (metrics.jsonl has each step).
+    """
+
+    steps: int = 100
+    global_batch: int = 16
+    micro_batch: int = 8
+    seq_len: int = 256
+    precision: str = "fp32"
+    eval_every: int = 0
+    eval_batches: int = 4
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+
+
+@dataclass
+class ParallelConfig:
+    """Degrees of the folded meshes; dp, edp and their splits are derived (mesh/layout.py)."""
+
+    pp: int = 1
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp_replicate: int = 1
+    recompute: str = "none"
+    schedule: str = "1f1b"
+
+
+@dataclass
+class CheckpointConfig:
+    """every: steps between checkpoints, 0 for only the final one; keep: newest checkpoints kept, 0 for all."""
+
+    every: int = 0
+    keep: int = 2
+
+
+@dataclass
+class InitConfig:
+    """from_: weights of this checkpoint start the run (YAML and command line: `init.from`)."""
+
+    checkpoint: str = ""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    router: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    dispatch: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    tracker: dict[str, Any] = field(default_factory=dict)

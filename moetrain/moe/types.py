@@ -1,0 +1,74 @@
+"""What travels between router, balance losses, dispatcher, and experts.
+
+Shape suffixes used everywhere: B batch rows, S sequence, T tokens (= B*S on this rank), D model width,
+F expert hidden width, E routed experts, K expert slots per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes of the whole global batch: every data rank, every micro-batch. They make each loss term a plain sum.
+
+    loss_tokens: 0-d float tensor, N of the cross-entropy mean: targets that count.
+    tokens: 0-d float tensor, tokens that are routed (everything but padding).
+    rows: packed rows, the unit of the `sequence` balance scope.
+    micro_batches: micro-steps per optimizer step.
+    """
+
+    loss_tokens: Tensor
+    tokens: Tensor
+    rows: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What a layer may know of its tokens besides their hidden state.
+
+    token_BS: int64 input ids. position_BS: int64, for rotary embeddings.
+    document_BS: int32, equal inside a document of a row; -1 is padding. None of it carries gradient.
+    """
+
+    token_BS: Tensor
+    position_BS: Tensor
+    document_BS: Tensor
+    totals: Totals
+    step: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.token_BS.shape[0]
+
+    @property
+    def valid_T(self) -> Tensor:
+        """bool [T]: tokens that are not padding."""
+        return (self.document_BS >= 0).flatten()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's routing decision. Three scores are kept apart because they differ under bias, noise, and limits.
+
+    expert_TK: int64 chosen experts, -1 in a slot that is not used (dynamic k, padding token).
+    gate_TK: differentiable weights of the chosen experts, 0 in unused slots.
+    selection_TE: scores that chose (biased, noised); no gradient.
+    balance_TE: differentiable scores that sum to one over E, for the balance losses.
+    logit_TE: differentiable raw router outputs.
+    count_E: int64, how often each expert was chosen by a valid token, before any token is dropped.
+    context: the tokens it was made for. carry: what the next MoE layer's router may look at.
+    """
+
+    expert_TK: Tensor
+    gate_TK: Tensor
+    selection_TE: Tensor
+    balance_TE: Tensor
+    logit_TE: Tensor
+    count_E: Tensor
+    context: TokenContext
+    carry: Tensor | None = None
