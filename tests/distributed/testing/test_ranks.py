@@ -1,0 +1,26 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.testing import RankFailure, run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def test_ranks_talk_and_results_come_back_in_order():
+    def fn(offset):
+        x = torch.tensor([float(dist.get_rank() + offset)])
+        dist.all_reduce(x)
+        return dist.get_rank(), x
+
+    assert run_ranks(fn, 3, 10) == [(r, torch.tensor([33.0])) for r in range(3)]
+
+
+def test_a_failing_rank_is_named_and_does_not_hang_the_others():
+    def fn():
+        if dist.get_rank() == 1:
+            raise KeyError("needle")
+        dist.barrier()
+
+    with pytest.raises(RankFailure, match=r"rank 1 of 2 failed(.|\n)*needle"):
+        run_ranks(fn, 2)
