@@ -1,7 +1,7 @@
 """Run a function on several ranks of one machine: the harness of this project's tests, shipped so plugins can use it.
 
-Ranks are forked, not launched: they start in about 0.1 s and need no importable function, so a closure will do. Forking is
-only safe while this process has started neither CUDA nor an OpenMP thread pool; `tests/conftest.py` pins both. With
+Ranks are forked, not launched: they start in about 0.1 s and need no importable function, so a closure will do. Forking
+is only safe while this process has started neither CUDA nor an OpenMP thread pool; `tests/conftest.py` pins both. With
 backend "nccl" ranks are spawned instead, and the function must be importable.
 """
 
@@ -88,7 +88,11 @@ def _rank_main(
         if backend == "nccl":
             torch.cuda.set_device(rank)
         dist.init_process_group(
-            backend, store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+            backend,
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_s),
         )
         result = fn(*args, **kwargs)
         buffer = io.BytesIO()
