@@ -1,0 +1,98 @@
+"""Cross-entropy of the next token, in chunks of tokens, without ever keeping [T, V] logits.
+
+T tokens of this rank, D model width, V vocabulary rows. With V = 150,000 the fp32 logits of 8192 tokens are 5 GB, and
+autograd would hold their gradient as well. So each chunk's gradients are worked out right after its loss, in the
+forward pass, and only d_h [T, D] and d_weight [V, D] live on; the backward pass scales them by the incoming gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def chunked_cross_entropy(h_TD: Tensor, weight_VD: Tensor, target_T: Tensor, mask_T: Tensor, chunk: int) -> Tensor:
+    """Sum over unmasked tokens of `-log softmax(h @ weight.T)[target]`, in nats.
+
+    h_TD: final hidden states; weight_VD: output embedding, of the same dtype (fp64, fp32, or bf16).
+    target_T: int64 in [0, V) wherever mask_T (bool) is true, anything elsewhere: masked tokens add exactly 0 to the
+    loss and to both gradients, whatever they hold. chunk: tokens whose logits exist at one time.
+
+    Returns a 0-d SUM in fp64 for fp64 and fp32 otherwise; the caller divides by the global batch's N, because a mean
+    over local tokens would depend on the layout. Logits, softmax, and the sum over chunks of d_weight are at least
+    fp32. Nothing waits for the device. Raises ValueError if chunk < 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; the nearest legal value is 1")
+    if torch.is_grad_enabled() and (h_TD.requires_grad or weight_VD.requires_grad):
+        return _ChunkedCrossEntropy.apply(h_TD, weight_VD, target_T, mask_T, chunk)
+    total = h_TD.new_zeros((), dtype=_wide(h_TD))
+    for span in _spans(h_TD.shape[0], chunk):
+        loss, _, _ = _chunk_loss(h_TD[span], weight_VD, target_T[span], mask_T[span])
+        total = total + loss
+    return total
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, target_T: Tensor, mask_T: Tensor, chunk: int) -> Tensor:
+        wide = _wide(h_TD)
+        total = h_TD.new_zeros((), dtype=wide)
+        grad_h_TD = torch.empty_like(h_TD, dtype=wide) if ctx.needs_input_grad[0] else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
+        for span in _spans(h_TD.shape[0], chunk):
+            loss, log_prob_CV, h_CD = _chunk_loss(h_TD[span], weight_VD, target_T[span], mask_T[span])
+            total += loss
+            grad_CV = _logit_gradient(log_prob_CV, target_T[span], mask_T[span]).to(h_TD.dtype)
+            if grad_h_TD is not None:
+                grad_h_TD[span] = _matmul(grad_CV, weight_VD)
+            if grad_weight_VD is not None:
+                grad_weight_VD += _matmul(grad_CV.T, h_CD)
+        ctx.save_for_backward(grad_h_TD, grad_weight_VD)
+        ctx.dtype = h_TD.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h_TD, grad_weight_VD = (
+            None if saved is None else (saved * grad).to(ctx.dtype) for saved in ctx.saved_tensors
+        )
+        return grad_h_TD, grad_weight_VD, None, None, None
+
+
+def _spans(tokens: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a result of at least fp32; on CUDA bf16 operands keep their tensor cores."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _chunk_loss(h_CD: Tensor, weight_VD: Tensor, target_C: Tensor, mask_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss sum of one chunk, its log-probabilities [C, V], and h with masked rows zeroed (0 * NaN would be NaN)."""
+    h_CD = h_CD.masked_fill(~mask_C[:, None], 0)
+    log_prob_CV = torch.log_softmax(_matmul(h_CD, weight_VD.T), dim=-1)
+    target_C = target_C.masked_fill(~mask_C, 0)
+    picked_C = log_prob_CV.gather(1, target_C[:, None]).squeeze(1)
+    return -picked_C.masked_fill(~mask_C, 0).sum(), log_prob_CV, h_CD
+
+
+def _logit_gradient(log_prob_CV: Tensor, target_C: Tensor, mask_C: Tensor) -> Tensor:
+    """d loss / d logits = softmax - onehot(target), rows of masked tokens 0. Overwrites its first argument."""
+    grad_CV = log_prob_CV.exp_()
+    target_C = target_C.masked_fill(~mask_C, 0)
+    minus_one_C1 = grad_CV.new_full((grad_CV.shape[0], 1), -1.0)
+    grad_CV.scatter_add_(1, target_C[:, None], minus_one_C1)
+    return grad_CV.masked_fill_(~mask_C[:, None], 0)
