@@ -1,0 +1,94 @@
+"""AdamW over parameters of two meshes.
+
+Dense parameters are DTensors on the attention mesh, experts on the expert mesh, and in one process all are plain
+tensors. A fused or foreach update takes lists of tensors and refuses a list that mixes meshes, so each mesh gets its
+own parameter groups. Groups depend on the layout, then, and checkpoints store state by parameter name, not by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from moetrain.optim.check import require_range
+
+NamedParameters = Iterable[tuple[str, Parameter]]
+
+
+def build(
+    named_parameters: NamedParameters,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    decay_embeddings: bool = True,
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with zeroed state for every parameter that needs a gradient.
+
+    Norm weights, biases, and every other parameter of less than two dimensions do not decay; embeddings (names with
+    `embed`) only if decay_embeddings. Stacked expert weights are matrices and decay. Fused on CUDA, foreach elsewhere.
+    State exists from the start, so a parameter that got no gradient yet (an idle expert) is saved and restored like
+    any other. Each group keeps its peak rate in `initial_lr`. Raises ValueError for hyper-parameters out of range.
+    """
+    require_range("lr", lr, 0, float("inf"))
+    require_range("eps", eps, 0, float("inf"))
+    require_range("weight_decay", weight_decay, 0, float("inf"))
+    for beta in betas:
+        require_range("betas", beta, 0, 1 - 1e-6)
+    groups: dict[tuple[bool, Any], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        decays = _decays(name, parameter, decay_embeddings)
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        new = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((decays, mesh), new)["params"].append(parameter)
+    if not groups:
+        raise ValueError("the model has no parameter that needs a gradient")
+    on_cuda = all(p.device.type == "cuda" for group in groups.values() for p in group["params"])
+    optimizer = torch.optim.AdamW(
+        list(groups.values()),
+        lr=lr,
+        betas=(float(betas[0]), float(betas[1])),
+        eps=eps,
+        fused=on_cuda or None,
+        foreach=None if on_cuda else True,
+    )
+    _create_state(optimizer, on_cuda)
+    return optimizer
+
+
+def fill_missing_gradients(parameters: Iterable[Tensor]) -> None:
+    """Give parameters without a gradient a zero one.
+
+    An optimizer skips parameters whose gradient is None: no decay, no step count. Whether an idle expert has None or
+    zeros depends on which rank it lives on, so without this the update would depend on the layout.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _decays(name: str, parameter: Tensor, decay_embeddings: bool) -> bool:
+    path = name.lower().split(".")
+    if parameter.ndim < 2 or path[-1].endswith("bias") or any("norm" in part for part in path):
+        return False
+    return decay_embeddings or not any("embed" in part for part in path)
+
+
+def _create_state(optimizer: torch.optim.AdamW, on_cuda: bool) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # The fused kernel reads the step on the device; elsewhere a host scalar avoids synchronising on it.
+            device = parameter.device if on_cuda else torch.device("cpu")
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }

@@ -1,0 +1,97 @@
+"""The global gradient norm over both meshes.
+
+A DTensor's elements are split over the mesh axes where its placement is a shard and repeated over the others. So the
+squares of the local part are summed over exactly the sharded axes: leaving one out undercounts (experts, usually),
+and including a replicated one counts the same element several times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients, each element counted once: a 0-d tensor, equal on every rank.
+
+    parameters: DTensors of any number of meshes, or plain tensors, which are taken as equal on every rank. Every rank
+    must pass the same ones in the same order. A gradient of None counts as zero. Squares are summed in fp64 when a
+    parameter is fp64 and in fp32 otherwise. One scalar all-reduce per distinct set of sharded axes and axis in it.
+    Raises ValueError for a gradient that still waits for its reduction (a Partial placement).
+    """
+    parameters = list(parameters)
+    if not parameters:
+        return torch.zeros(())
+    wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    zero = torch.zeros((), dtype=wide, device=parameters[0].device)
+    squares: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
+    for parameter in parameters:
+        # Keys come from the parameter, not its gradient: every rank then takes part in the same all-reduces.
+        groups = _sharded_over(parameter)
+        square = zero if parameter.grad is None else _local_square(parameter.grad, wide)
+        squares[groups] = squares.get(groups, zero) + square
+    total = zero
+    for groups, square in squares.items():
+        square = square.clone()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = total + square
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients in place by min(1, max_norm / norm), without waiting for the device.
+
+    norm: from `grad_norm` over all of the model's parameters, even if only some are passed here. max_norm: 0 turns
+    clipping off. Raises ValueError if it is negative.
+    """
+    if max_norm < 0:
+        raise ValueError(f"max_grad_norm is {max_norm}; the nearest legal value is 0 (no clipping)")
+    if max_norm == 0:
+        return
+    scale = (max_norm / norm).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local = _local(parameter.grad)
+            local.mul_(scale.to(local.dtype))
+
+
+def check_finite(norm: Tensor, step: int, sample_ids: Sequence[Any] = ()) -> None:
+    """Raise RuntimeError naming the step and its samples unless the norm is finite; call it before the optimizer.
+
+    Waits for the device. Every rank holds the same norm, so every rank raises.
+    """
+    value = norm.item()
+    if not math.isfinite(value):
+        samples = f"; samples of the batch: {list(sample_ids)}" if len(sample_ids) else ""
+        raise RuntimeError(f"the gradient norm of step {step} is {value}: no update was made{samples}")
+
+
+def _sharded_over(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """Process groups of the mesh axes, of more than one rank, over which the tensor is split."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(
+        mesh.get_group(axis)
+        for axis, placement in enumerate(parameter.placements)
+        if not placement.is_replicate() and mesh.size(axis) > 1
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_square(grad: Tensor, wide: torch.dtype) -> Tensor:
+    if isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements):
+        raise ValueError(f"a gradient of shape {tuple(grad.shape)} is not reduced yet: placements {grad.placements}")
+    return torch.linalg.vector_norm(_local(grad), dtype=wide).square()
