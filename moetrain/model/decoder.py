@@ -1,0 +1,48 @@
+"""The whole model: embed -> layers -> norm -> head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.config.model import ModelConfig, check_model
+from moetrain.model.block import Block, BuildMoE
+from moetrain.model.core import share
+from moetrain.model.norm import RMSNorm
+from moetrain.moe.types import TokenContext
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer.
+
+    build_moe(layer) makes a MoE layer with `moe(x_BSD, context, carry) -> (y_BSD, carry)`.
+    documents: attention ends with each document of a packed row (data.documents=stop); otherwise a row is one text.
+    Parameters: embed.weight, layers.{i}.*, norm.weight, and, unless tied, head.weight. ValueError for illegal shapes.
+    """
+
+    def __init__(self, config: ModelConfig, build_moe: BuildMoE, documents: bool = True) -> None:
+        super().__init__()
+        check_model(config)
+        self.config, self.documents = config, documents
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        # A dict keeps a layer's number, and so its parameters' names, in a pipeline stage that holds only some of them.
+        self.layers = nn.ModuleDict({str(i): Block(config, i, build_moe) for i in range(config.n_layers)})
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, token_BS: Tensor, context: TokenContext, criterion: Criterion | None = None) -> Tensor:
+        """Logits [B, S, V], or criterion(h_TD, head_weight_VD), which need not hold all logits at once."""
+        x_BSD = self.embed(token_BS)
+        shared = share(context, self.config.attention, x_BSD.dtype, self.documents)
+        carry: Tensor | None = None
+        for block in self.layers.values():
+            x_BSD, carry = block(x_BSD, shared, carry)
+        h_BSD = self.norm(x_BSD)
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        if criterion is None:
+            return F.linear(h_BSD, weight_VD)
+        return criterion(h_BSD.flatten(0, 1), weight_VD)
