@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from torch import nn
 
@@ -23,7 +24,8 @@ def build_model(config: Config, device_type: str) -> Decoder:
         model, moe = config.model, config.model.moe
         if backend is None:  # one for all layers: choosing may time candidates, and the choice is printed once
             backend = build_backend(config, device_type)
-        balance = {name: instantiate(node, n_experts=moe.n_experts) for name, node in config.balance.items()}
+        with torch.device("cpu"):  # a plugin's buffers start with values, which the meta device would lose
+            balance = {name: instantiate(node, n_experts=moe.n_experts) for name, node in config.balance.items()}
         shared = SharedExperts(model.d_model, moe.d_shared, moe.shared_gate) if moe.d_shared else None
         router = instantiate(config.router, d_model=model.d_model, n_experts=moe.n_experts)
         return MoELayer(router, Experts(moe.n_experts, model.d_model, moe.d_expert, backend), balance, shared)

@@ -52,7 +52,7 @@ def _yarn(config: RopeConfig, base: Tensor, dim: int) -> Tensor:
 
 
 def tables(config: RopeConfig, dim: int, position_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin), fp32 [B, 1, S, dim/2]; both times YaRN's attention factor: queries and keys each take a share of it."""
+    """(cos, sin), fp32 [B, 1, S, dim/2]; both times YaRN's attention factor, of which q and k each take a share."""
     angle_BSr = position_BS[..., None].float() * frequencies(config, dim, position_BS.device)
     factor = 1.0
     if config.scaling == "yarn":
