@@ -68,13 +68,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class InitConfig:
-    """from_: weights of this checkpoint start the run (YAML and command line: `init.from`)."""
-
-    checkpoint: str = ""
-
-
-@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -82,6 +75,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: dict[str, str] = field(default_factory=dict)  # from: a checkpoint whose weights alone start the run
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     dispatch: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,43 @@
+"""Collectives with gradients. Handles and groups belong to whoever calls; nothing here is global."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of `x` over `group`, in a new tensor, without gradient. group None: this process alone."""
+    total = x.detach().clone()
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
+
+
+def all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send the first send[0] rows of `x` to rank 0 of `group`, the next send[1] to rank 1, and so on.
+
+    x: [sum(send), ...]. Returns [sum(receive), ...], receive[r] rows from rank r in rank order. The gradient travels
+    back the same way. Every rank of the group must call it, also with no rows.
+    """
+    return _AllToAllRows.apply(x, send, receive, group)

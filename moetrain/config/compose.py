@@ -1,0 +1,145 @@
+"""Compose YAML groups and command-line overrides into the typed `Config`.
+
+A wrong key never passes silently: the error names it and the nearest key that exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moetrain.config.schema import Config
+
+PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
+
+
+def config_dir() -> Path:
+    """The Hydra groups: beside the package in a wheel, at the top of the repository otherwise."""
+    package = Path(__file__).resolve().parents[1]
+    packaged = package / "_configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
+
+
+def load_config(overrides: list[str]) -> Config:
+    """The typed configuration of `configs/train.yaml` under `overrides` (Hydra's override grammar).
+
+    Raises ValueError for an unknown key or group, a value of the wrong type, or an unknown option of a plugin.
+    """
+    return to_config(compose_yaml(overrides))
+
+
+def compose_yaml(overrides: list[str]) -> DictConfig:
+    """Composed but not yet typed: what `to_config` takes."""
+    GlobalHydra.instance().clear()
+    # Nodes are free-form while Hydra composes; the typed merge below is what rejects unknown keys.
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("train", overrides=list(overrides))
+    except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, overrides)) from None
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Check types and names against the schema and the plugins' own signatures."""
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        OmegaConf.resolve(typed)
+        config = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, [])) from None
+    assert isinstance(config, Config)
+    for group in PLUGIN_GROUPS:
+        check_plugin(group, getattr(config, group))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, readable by `compose_file`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(path: Path) -> Config:
+    """A configuration written by `to_yaml`. Raises ValueError when it no longer fits the schema."""
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return to_config(loaded)
+
+
+def check_plugin(where: str, node: dict[str, Any]) -> None:
+    """Check that every `_target_` under `node` exists and takes the options it is given."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            check_plugin(f"{where}.{key}", value)
+    if "_target_" not in node:
+        return
+    parameters = inspect.signature(resolve(where, node["_target_"])).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in node:
+        if not key.startswith("_") and key not in parameters:
+            raise ValueError(f"{where}.{key}: {node['_target_']} has no such option{_nearest(key, list(parameters))}")
+
+
+def resolve(where: str, target: str) -> Any:
+    """The object a dotted `_target_` names. Raises ValueError when there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}._target_={target!r} cannot be imported: {error}") from None
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """One sentence for a user out of Hydra's several."""
+    text = str(error)
+    group = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if group:
+        options = sorted(p.stem for p in (config_dir() / group[1]).glob("*.yaml"))
+        return f"{group[1]}={group[2]}: no such choice{_nearest(group[2], options)}; choices: {', '.join(options)}"
+    key = _offending_key(text, overrides)
+    if key is None:
+        return text.splitlines()[0]
+    if "not in struct" in text or "Could not override" in text or "is not in" in text or "not found" in text.lower():
+        return f"{key}: no such key{_nearest(key, known_keys())}"
+    return f"{key}: {text.splitlines()[0]}"
+
+
+def _offending_key(text: str, overrides: list[str]) -> str | None:
+    for pattern in (r"full_key: (\S+)", r"Could not override '([^']+)'", r"No match in the defaults list\. .*'(\S+)'"):
+        found = re.search(pattern, text)
+        if found and found[1]:
+            return found[1]
+    mentioned = [o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].lstrip("+~") in text]
+    return mentioned[0] if mentioned else None
+
+
+def _nearest(key: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the default composition, for suggestions."""
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            keys.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    walk(OmegaConf.to_container(OmegaConf.structured(Config)), "")
+    with contextlib.suppress(ValueError):
+        walk(OmegaConf.to_container(compose_yaml([]), resolve=False), "")
+    return keys

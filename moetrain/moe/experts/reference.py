@@ -1,0 +1,23 @@
+"""The yardstick: one expert after the other, any dtype, nothing clever."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ReferenceExperts:
+    """Loops over experts. An expert without tokens multiplies zero rows, so that its weights still get a gradient."""
+
+    def __call__(
+        self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
+    ) -> Tensor:
+        y_TD = torch.zeros_like(x_TD)
+        for expert in range(w_down_EDF.shape[0]):
+            token_N, slot_N = torch.where(expert_TK == expert)
+            h_N2F = F.linear(x_TD[token_N], w_gate_up_E2FD[expert].flatten(0, 1)).unflatten(-1, (2, -1))
+            y_ND = F.linear(F.silu(h_N2F[:, 0]) * h_N2F[:, 1], w_down_EDF[expert])
+            weighted_ND = y_ND * gate_TK[token_N, slot_N, None].to(y_ND.dtype)
+            y_TD = y_TD.index_add(0, token_N, weighted_ND)
+        return y_TD

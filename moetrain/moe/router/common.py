@@ -1,0 +1,56 @@
+"""What every top-k router shares: fp32 logits, deterministic selection, and building the `Routing`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.moe.types import Routing, TokenContext
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Logits [T, E] computed in fp32, or in fp64 for fp64 inputs, whatever autocast or the compute dtype says."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+
+
+def top_k(score_TE: Tensor, k: int) -> Tensor:
+    """Indices [T, k] of the k largest scores per token; equal scores go to the lowest index.
+
+    torch.topk leaves ties to the device, and tied router rows (virtual-group upcycling) need them equal everywhere.
+    """
+    return score_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def make_routing(
+    *,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    selection_TE: Tensor,
+    balance_TE: Tensor,
+    logit_TE: Tensor,
+    context: TokenContext,
+) -> Routing:
+    """Blank out padding tokens and count the choices of the others."""
+    valid_T1 = context.valid_T[:, None]
+    expert_TK = torch.where(valid_T1, expert_TK, -1)
+    gate_TK = torch.where(expert_TK >= 0, gate_TK, 0.0)
+    n_experts = logit_TE.shape[-1]
+    return Routing(
+        expert_TK=expert_TK,
+        gate_TK=gate_TK,
+        selection_TE=selection_TE.detach(),
+        balance_TE=balance_TE,
+        logit_TE=logit_TE,
+        count_E=count_experts(expert_TK, n_experts),
+        context=context,
+    )
+
+
+def count_experts(expert_TK: Tensor, n_experts: int) -> Tensor:
+    """int64 [E]: how often each expert occurs; -1 is not counted. No host synchronisation."""
+    flat = torch.where(expert_TK >= 0, expert_TK, n_experts).flatten()
+    counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=flat.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:n_experts]

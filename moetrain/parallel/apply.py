@@ -1,0 +1,28 @@
+"""The order in which parallelisms are applied to a model."""
+
+from __future__ import annotations
+
+import torch
+
+from moetrain.config.schema import Config
+from moetrain.mesh.build import Meshes
+from moetrain.model.build import build_model
+from moetrain.model.decoder import Decoder
+from moetrain.parallel.ep import apply_ep
+from moetrain.parallel.fsdp import apply_fsdp
+from moetrain.parallel.initialize import initialise, materialise
+
+MASTER_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
+
+
+def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -> Decoder:
+    """The model, divided over the meshes and initialised, with master weights on `device`."""
+    with torch.device("meta"):
+        model = build_model(config, device.type)
+    apply_ep(model, meshes, config.dispatch)  # 1. which experts are here
+    apply_fsdp(
+        model, list(model.layers.values()), meshes, config.train.precision
+    )  # 2. which part of each parameter is here
+    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 3. storage for that part
+    initialise(model, config.run.seed, config.model.init_std)  # 4. the same values under every layout
+    return model

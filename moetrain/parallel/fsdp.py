@@ -1,0 +1,46 @@
+"""Data parallelism by FSDP2, with gradients that are sums.
+
+Dense parameters are sharded over the attention mesh, experts over the expert mesh; both may have replicas. FSDP
+averages by default; here every reduction is a plain sum, because each rank's loss is already its part of the global
+objective (divided by the global token count).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from moetrain.mesh.build import Meshes
+from moetrain.moe.layer import MoELayer
+
+EXPERT_WIDTH_DIM = {"w_gate_up": 2, "w_down": 2}  # the F of w_gate_up [E, 2, F, D] and w_down [E, D, F]
+
+
+def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precision: str) -> None:
+    """Shard experts, then each block, then what is left (embedding, final norm, head) with the root."""
+    policy = _policy(precision)
+    for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
+        # Along F, not E: E is divided over ep already, and two axes on one dim would interleave the shards.
+        dims = {id(p): EXPERT_WIDTH_DIM[name] for name, p in layer.experts.named_parameters()}
+        fully_shard(
+            layer.experts,
+            mesh=meshes.expert_fsdp,
+            mp_policy=policy,
+            shard_placement_fn=lambda p, dims=dims: Shard(dims[id(p)]),  # type: ignore[misc]
+        )
+    for block in blocks:
+        fully_shard(block, mesh=meshes.dense_fsdp, mp_policy=policy)
+    fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _policy(precision: str) -> MixedPrecisionPolicy:
+    if precision == "bf16":
+        # Inputs stay as they are: hidden states follow the weights, while gates and token counts must not be rounded.
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(cast_forward_inputs=False)

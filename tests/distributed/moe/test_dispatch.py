@@ -1,0 +1,84 @@
+"""The collective dispatcher against one process with all experts, in fp64, with different tokens on every rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.moe.dispatch.collective import CollectiveDispatch
+from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.experts.reference import ReferenceExperts
+from moetrain.moe.types import Routing
+from moetrain.testing import run_ranks
+from moetrain.testing.fake import fake_context
+
+pytestmark = pytest.mark.distributed
+D, H, E, K, WORLD = 8, 6, 8, 3, 4
+
+
+def data(rank, case):
+    g = torch.Generator().manual_seed(100 + rank)
+    tokens = {"uneven": 5 + 3 * rank, "nothing_on_rank_1": 0 if rank == 1 else 7}.get(case, 9)
+    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
+    if case == "all_to_one_expert":
+        expert = torch.full((tokens, K), -1)
+        expert[:, 1] = 5
+    if case == "unused_slots":
+        expert[torch.rand(tokens, K, generator=g) < 0.4] = -1
+    x = torch.randn(tokens, D, generator=g, dtype=torch.float64).requires_grad_()
+    gate = torch.rand(tokens, K, generator=g, dtype=torch.float64).requires_grad_()
+    upstream = torch.randn(tokens, D, generator=g, dtype=torch.float64)
+    return x, expert, gate, upstream
+
+
+def weights():
+    g = torch.Generator().manual_seed(7)
+    return (
+        torch.randn(E, 2, H, D, generator=g, dtype=torch.float64),
+        torch.randn(E, D, H, generator=g, dtype=torch.float64),
+    )
+
+
+def routing(expert, gate):
+    none = torch.empty(0)
+    return Routing(expert, gate, none, none, none, none, fake_context(1, max(len(expert), 1)))
+
+
+def one_rank(case):
+    rank = dist.get_rank()
+    x, expert, gate, upstream = data(rank, case)
+    block = slice(rank * E // WORLD, (rank + 1) * E // WORLD)
+    w1, w2 = (w[block].clone().requires_grad_() for w in weights())
+    backend = ReferenceExperts()
+    dispatcher = CollectiveDispatch(E, dist.group.WORLD)
+    y = dispatcher(x, routing(expert, gate), lambda a, b, c: backend(a, b, c, w1, w2))
+    y.backward(upstream)
+    return y.detach(), x.grad, gate.grad, w1.grad, w2.grad
+
+
+@pytest.mark.parametrize("case", ["plain", "uneven", "nothing_on_rank_1", "all_to_one_expert", "unused_slots"])
+def test_equals_one_process(case):
+    ranks = run_ranks(one_rank, WORLD, case)
+    w1, w2 = (w.requires_grad_() for w in weights())
+    for rank in range(WORLD):
+        x, expert, gate, upstream = data(rank, case)
+        y = LocalDispatch()(x, routing(expert, gate), lambda a, b, c: ReferenceExperts()(a, b, c, w1, w2))
+        y.backward(upstream)
+        for got, expected in zip(ranks[rank][:3], (y, x.grad, gate.grad)):
+            torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=1e-12)
+    for index, w in ((3, w1), (4, w2)):
+        got = torch.cat([r[index] for r in ranks])
+        torch.testing.assert_close(got, w.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_token_travels_once_per_rank_not_once_per_expert(monkeypatch):
+    def one():
+        rows = []
+        x, expert, gate, _ = data(dist.get_rank(), "plain")
+        CollectiveDispatch(E, dist.group.WORLD)(x, routing(expert, gate), lambda a, b, c: rows.append(len(a)) or a * 0)
+        return expert, rows[0]
+
+    ranks = run_ranks(one, WORLD)
+    expert = torch.cat([r[0] for r in ranks])
+    for rank in range(WORLD):
+        wanted = sum(any(int(e) // (E // WORLD) == rank for e in row) for row in expert)
+        assert ranks[rank][1] == wanted
