@@ -193,7 +193,7 @@ def test_rows_do_not_mix():
 
 
 def test_bf16_is_the_fp64_model_rounded():
-    """Three layers of ten roundings to 2^-9 each add up as noise to sqrt(30) * 2^-9 = 1% of the logits; 4% is allowed."""
+    """Three layers of ten roundings to 2^-9 add up as noise to sqrt(30) * 2^-9 = 1% of the logits; 4% is allowed."""
     model = random_decoder(dense(qk_norm="full"), torch.bfloat16)
     token_BS = torch.randint(48, (4, 32), generator=torch.Generator().manual_seed(5))
     rough = model(token_BS, one_document(token_BS)).double()
