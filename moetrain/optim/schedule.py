@@ -31,8 +31,8 @@ def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
 class WarmupCosine:
     """Linear warmup to 1, then half a cosine down to min_ratio (Loshchilov & Hutter 2017, arXiv:1608.03983).
 
-    warmup_steps: updates until the peak, at most total_steps. min_ratio: multiplier of the last update, in [0, 1].
-    Raises ValueError for values outside of these, when built or when called.
+    warmup_steps: updates until the peak; a shorter run ends while warming up. min_ratio: multiplier of the last update,
+    in [0, 1]. Raises ValueError for values outside of these.
     """
 
     warmup_steps: int
@@ -44,7 +44,6 @@ class WarmupCosine:
 
     def __call__(self, step: int, total_steps: int) -> float:
         require_range("step", step, 0, total_steps - 1)
-        require_range("warmup_steps", self.warmup_steps, 0, total_steps)
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step + 1 - self.warmup_steps) / (total_steps - self.warmup_steps)
@@ -55,8 +54,9 @@ class WarmupCosine:
 class WarmupStableDecay:
     """Linear warmup to 1, a plateau, and a decay to min_ratio in the last decay_steps (Hu et al. 2024, 2404.06395).
 
-    shape: linear, or sqrt for 1 - sqrt(progress) (Hägele et al. 2024, 2405.18392). Stopping earlier or later
-    changes only the decay, so one plateau serves several lengths. Raises ValueError like WarmupCosine.
+    A run too short for both keeps its warmup and shortens the decay. shape: linear, or sqrt for 1 - sqrt(progress)
+    (Hägele et al. 2024, 2405.18392). Stopping earlier or later changes only the decay, so one plateau serves several
+    lengths. Raises ValueError like WarmupCosine.
     """
 
     warmup_steps: int
@@ -73,10 +73,9 @@ class WarmupStableDecay:
 
     def __call__(self, step: int, total_steps: int) -> float:
         require_range("step", step, 0, total_steps - 1)
-        require_range("warmup_steps", self.warmup_steps, 0, total_steps)
-        require_range("decay_steps", self.decay_steps, 0, total_steps - self.warmup_steps)
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        progress = max(0.0, (step + 1 - (total_steps - self.decay_steps)) / max(1, self.decay_steps))
+        decay_steps = min(self.decay_steps, total_steps - self.warmup_steps)  # a short run has no plateau
+        progress = max(0.0, (step + 1 - (total_steps - decay_steps)) / max(1, decay_steps))
         lost = math.sqrt(progress) if self.shape == "sqrt" else progress
         return 1 - (1 - self.min_ratio) * lost

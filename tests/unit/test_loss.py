@@ -13,16 +13,20 @@ from moetrain.loss import chunked_cross_entropy
 pytestmark = pytest.mark.unit
 
 TOKENS, WIDTH, VOCAB = 13, 6, 11
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+)
 
 
-def _case(dtype=torch.float64, seed=0):
+def _case(dtype=torch.float64, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     h_TD = torch.randn(TOKENS, WIDTH, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     weight_VD = torch.randn(VOCAB, WIDTH, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     target_T = torch.randint(VOCAB, (TOKENS,), generator=generator)
     mask_T = torch.rand(TOKENS, generator=generator) < 0.7
     assert 0 < int(mask_T.sum()) < TOKENS
-    return h_TD, weight_VD, target_T, mask_T
+    h_TD, weight_VD = (x.detach().to(device).requires_grad_() for x in (h_TD, weight_VD))
+    return h_TD, weight_VD, target_T.to(device), mask_T.to(device)
 
 
 def _reference(h_TD, weight_VD, target_T, mask_T):
@@ -51,9 +55,10 @@ def test_gradcheck():
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_inputs_lose_only_their_own_rounding(dtype):
-    h_TD, weight_VD, target_T, mask_T = _case(dtype)
+def test_narrow_inputs_lose_only_their_own_rounding(dtype, device):
+    h_TD, weight_VD, target_T, mask_T = _case(dtype, device=device)
     loss = chunked_cross_entropy(h_TD, weight_VD, target_T, mask_T, 5)
     loss.backward()
     expected, grad_h_TD, grad_weight_VD = _reference(h_TD, weight_VD, target_T, mask_T)  # of the rounded inputs

@@ -37,11 +37,11 @@ class _Model(nn.Module):
         self.register_buffer("bias_E", torch.randn(EXPERTS))
 
 
-def _shard(model: _Model, replicate: int, ep: int) -> None:
+def _shard(model: _Model, replicate: int, ep: int, device: str) -> None:
     """Dense on [dp_replicate, dp_shard], experts on [edp_shard, ep], over the same ranks."""
     world = dist.get_world_size()
-    attention = init_device_mesh("cpu", (replicate, world // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
-    expert = init_device_mesh("cpu", (world // ep, ep), mesh_dim_names=("edp_shard", "ep"))
+    attention = init_device_mesh(device, (replicate, world // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
+    expert = init_device_mesh(device, (world // ep, ep), mesh_dim_names=("edp_shard", "ep"))
     whole = model.experts.w_EFD.detach()
     model.experts.w_EFD = nn.Parameter(distribute_tensor(whole, expert["ep"], [Shard(0)]))
     fully_shard(model.experts, mesh=expert["edp_shard"], shard_placement_fn=lambda _: Shard(2))
@@ -52,7 +52,7 @@ def _train(model, optimizer, first, last):
     for step in range(first, last):
         torch.manual_seed(100 + step)
         for parameter in model.parameters():
-            grad = torch.randn(parameter.shape)
+            grad = torch.randn(parameter.shape).to(parameter.device)
             if isinstance(parameter, DTensor):
                 grad = _like(grad, parameter.device_mesh, parameter)
             parameter.grad = grad
@@ -72,19 +72,19 @@ def _state(model, optimizer):
     held = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         held.update({f"optim.{name}.{slot}": value for slot, value in optimizer.state[parameter].items()})
-    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in held.items()}
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).cpu().clone() for name, v in held.items()}
 
 
-def _build(seed, layout):
+def _build(seed, layout, device="cpu"):
     torch.manual_seed(seed)
-    model = _Model()
+    model = _Model().to(device)
     if layout is not None:
-        _shard(model, *layout)
+        _shard(model, *layout, device)
     return model, adamw.build(model.named_parameters(), lr=0.1)
 
 
-def _save(run, layout):
-    pair = _build(0, layout)
+def _save(run, layout, device="cpu"):
+    pair = _build(0, layout, device)
     _train(*pair, 0, 2)
     saved = _state(*pair)
     path = CheckpointStore(run).save(2, *pair, {"rank": dist.get_rank()}, {"ep": layout[1]})
@@ -92,8 +92,8 @@ def _save(run, layout):
     return str(path), saved, _state(*pair)
 
 
-def _load(path, layout):
-    pair = _build(1, layout)
+def _load(path, layout, device="cpu"):
+    pair = _build(1, layout, device)
     state = CheckpointStore(Path(path).parent.parent).load(path, *pair)
     assert state == {"rank": 0}
     loaded = _state(*pair)
@@ -134,6 +134,17 @@ def test_one_process_restores_the_same_bits(saved):
     model = _build(1, None)[0]
     load_weights(path, model)
     assert torch.equal(model.experts.w_EFD, state["model.experts.w_EFD"])  # every ep rank's experts, not one's
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gpus_save_and_resume_exactly_and_a_cpu_reads_it(tmp_path):
+    world = min(2, torch.cuda.device_count())
+    path, state, later = run_ranks(_save, world, str(tmp_path), (1, world), device="cuda", backend="nccl")[0]
+    for loaded, continued in run_ranks(_load, world, path, (1, world), device="cuda", backend="nccl"):
+        _assert_equal(loaded, state)
+        _assert_equal(continued, later)
+    _assert_equal(_load(path, None)[0], state)
 
 
 def test_replicated_state_is_stored_once(saved):

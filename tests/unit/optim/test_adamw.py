@@ -13,6 +13,10 @@ from moetrain.optim.schedule import WarmupCosine, WarmupStableDecay
 
 pytestmark = pytest.mark.unit
 
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+)
+
 
 class _Model(nn.Module):
     def __init__(self):
@@ -42,10 +46,11 @@ def test_groups():
     assert len(held) == len(set(held)) == 7  # all but the frozen one, once each
 
 
-def test_updates_equal_a_plain_adamw_and_state_exists_from_the_start():
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_updates_equal_a_plain_adamw_and_state_exists_from_the_start(device):
     torch.manual_seed(0)
-    model = _Model().double()
-    reference = _Model().double()
+    model = _Model().double().to(device)
+    reference = _Model().double().to(device)
     reference.load_state_dict(model.state_dict())
     optimizer = _build(model)
     assert {k for s in optimizer.state.values() for k in s} == {"step", "exp_avg", "exp_avg_sq"}
