@@ -31,7 +31,8 @@ class ForwardContext(TokenContext):
     """A TokenContext with what all layers of one forward share.
 
     mask: None is causal over the whole row; bool [B, 1, S, S], true where a query may look; or a BlockMask.
-    cos_sin: rope.tables of the positions. A dataclass field, not an argument, so that FSDP's input cast leaves it fp32.
+    cos_sin: rope.tables of the positions, fp32. FSDP looks inside dataclasses: with its cast_forward_inputs these and
+    the token totals would be rounded to bf16, so that option has to stay off.
     """
 
     mask: Tensor | BlockMask | None = None
