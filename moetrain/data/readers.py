@@ -21,7 +21,7 @@ _SUFFIXES = {
     "text": (".txt", ".text", ".md"),
     "arrow": (".arrow",),
 }
-_PACKED = {kind: ("", ".gz", ".zst", ".bz2", ".xz") for kind in ("jsonl", "text")}
+_PACKED = dict.fromkeys(("jsonl", "text"), ("", ".gz", ".zst", ".bz2", ".xz"))
 
 
 @dataclass(frozen=True)
