@@ -80,7 +80,7 @@ class SampleLog(JsonLines):
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__(Path(run_dir) / "samples.jsonl")
 
-    def append(self, step: int, dp: int, ids: Iterable[int]) -> None:
+    def append(self, step: int, dp: int, ids: Iterable[int | str]) -> None:
         self.append_row({"step": step, "dp": dp, "ids": list(ids)})
 
     def resume(self, step: int) -> None:
