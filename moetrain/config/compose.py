@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -42,7 +43,7 @@ def load_config(overrides: list[str]) -> Config:
 def compose_yaml(overrides: list[str]) -> DictConfig:
     """Composed but not yet typed: what `to_config` takes."""
     GlobalHydra.instance().clear()
-    # Nodes are free-form while Hydra composes; the typed merge below is what rejects unknown keys.
+    ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose("train", overrides=list(overrides))
@@ -53,7 +54,8 @@ def compose_yaml(overrides: list[str]) -> DictConfig:
 def to_config(composed: DictConfig) -> Config:
     """Check types and names against the schema and the plugins' own signatures."""
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        plain = OmegaConf.create(OmegaConf.to_container(composed))  # forget types, so that added keys are checked too
+        typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
         OmegaConf.resolve(typed)
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
@@ -87,7 +89,8 @@ def check_plugin(where: str, node: dict[str, Any]) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for key in node:
-        if not key.startswith("_") and key not in parameters:
+        is_plugin = isinstance(node[key], dict) and "_target_" in node[key]  # built by whoever builds this one
+        if not key.startswith("_") and key not in parameters and not is_plugin:
             raise ValueError(f"{where}.{key}: {node['_target_']} has no such option{_nearest(key, list(parameters))}")
 
 
@@ -102,7 +105,7 @@ def resolve(where: str, target: str) -> Any:
 
 def _explain(error: Exception, overrides: list[str]) -> str:
     """One sentence for a user out of Hydra's several."""
-    text = str(error)
+    text = f"{error}\n{error.__cause__ or ''}"
     group = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if group:
         options = sorted(p.stem for p in (config_dir() / group[1]).glob("*.yaml"))
@@ -110,9 +113,10 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     key = _offending_key(text, overrides)
     if key is None:
         return text.splitlines()[0]
-    if "not in struct" in text or "Could not override" in text or "is not in" in text or "not found" in text.lower():
+    if "not in struct" in text or "Could not override" in text or "' not in '" in text or "not found" in text.lower():
         return f"{key}: no such key{_nearest(key, known_keys())}"
-    return f"{key}: {text.splitlines()[0]}"
+    why = str(error.__cause__ or error).splitlines()[0]
+    return f"{key}: {why}"
 
 
 def _offending_key(text: str, overrides: list[str]) -> str | None:

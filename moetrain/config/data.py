@@ -50,7 +50,8 @@ class DataConfig:
 
     mixture: stages that replace the sources' own weights from their step on.
     documents: stop (attention and positions end with each document, and no target crosses documents) | cross.
-    validation_percent: share of files (rows, where a file holds many documents) held out, by a hash of their name.
+    validation_percent: share of files (rows, where a file holds many documents) held out, by a hash of their name;
+    of a mapped source with two or more documents at least one.
     validation: sources to validate on instead; with any of these, the training sources are used whole.
     cache_dir: where tokenised sources are kept; empty means $MOETRAIN_CACHE, or ~/.cache/moetrain.
     """

@@ -27,7 +27,9 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    """global_batch and micro_batch count sequences of seq_len tokens; micro_batch is per data-parallel rank.
+    """global_batch and micro_batch count sequences of seq_len tokens.
+
+    micro_batch: per data-parallel rank and micro-step; 0 takes a rank's whole share at once, without accumulation.
 
     precision: fp64 | fp32 (both for proofs) | bf16 (compute in bf16, master weights and reductions in fp32).
     eval_every: steps between validations, 0 for none; eval_batches: global batches in one validation.
@@ -36,7 +38,7 @@ class TrainConfig:
 
     steps: int = 100
     global_batch: int = 16
-    micro_batch: int = 8
+    micro_batch: int = 0
     seq_len: int = 256
     precision: str = "fp32"
     eval_every: int = 0

@@ -20,7 +20,7 @@ CHOICES = {
 AT_LEAST = {
     "train.steps": 1,
     "train.global_batch": 1,
-    "train.micro_batch": 1,
+    "train.micro_batch": 0,
     "train.seq_len": 1,
     "train.eval_every": 0,
     "train.eval_batches": 1,
@@ -73,7 +73,7 @@ def _check_batches(config: Config, layout: Layout) -> None:
         reason = f"does not divide by the data-parallel degree {layout.dp}"
         raise _refuse("train.global_batch", train.global_batch, reason, nearest)
     per_rank = train.global_batch // layout.dp
-    if per_rank % train.micro_batch:
+    if train.micro_batch and per_rank % train.micro_batch:
         nearest = nearest_divisor(train.micro_batch, per_rank)
         reason = f"does not divide each data rank's {per_rank} sequences"
         raise _refuse("train.micro_batch", train.micro_batch, reason, nearest)

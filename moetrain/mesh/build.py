@@ -42,6 +42,8 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     assert layout.tp == layout.cp == layout.pp == layout.etp == 1, "axes that validate.py refuses"
     attention = _mesh(layout.attention, device_type)
     expert = _mesh(layout.expert, device_type)
+    everyone = dist.group.WORLD
+    assert everyone is not None
     return Meshes(
         layout=layout,
         attention=attention,
@@ -49,7 +51,7 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
         dense_fsdp=_fsdp_mesh(attention, "dp_replicate", "dp_shard"),
         expert_fsdp=_fsdp_mesh(expert, "edp_replicate", "edp_shard"),
         ep=expert["ep"],
-        tokens=dist.group.WORLD,
+        tokens=everyone,
     )
 
 

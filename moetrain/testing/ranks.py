@@ -36,7 +36,7 @@ def run_ranks(
     Results travel through torch.save, so tensors are fine. Raises RankFailure for the first rank that fails; the others
     are killed, so a collective that waits for the failed one does not hang the test.
     """
-    context = mp.get_context("fork" if backend == "gloo" else "spawn")
+    context: Any = mp.get_context("fork" if backend == "gloo" else "spawn")
     with tempfile.TemporaryDirectory() as directory:
         store = os.path.join(directory, "store")
         ranks, pipes = [], {}
@@ -57,17 +57,17 @@ def run_ranks(
                 process.join()
 
 
-def _collect(pipes: dict[Connection, int], world: int, timeout_s: float) -> list[Any]:
+def _collect(pipes: dict[Any, int], world: int, timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s + 10  # each rank first dumps its own stacks at timeout_s
     while pipes:
-        ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
+        ready: list[Any] = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailure(f"ranks {sorted(pipes.values())} of {world} did not finish in {timeout_s} s")
         for pipe in ready:
-            rank = pipes.pop(pipe)  # type: ignore[index, arg-type]
+            rank = pipes.pop(pipe)
             try:
-                ok, payload = pipe.recv()  # type: ignore[union-attr]
+                ok, payload = pipe.recv()
             except EOFError:
                 raise RankFailure(f"rank {rank} of {world} died without a word") from None
             if not ok:
@@ -80,7 +80,7 @@ def _rank_main(
     send: Connection, where: tuple[int, int, str, str, float], fn: Callable, args: tuple, kwargs: dict
 ) -> None:
     rank, world, backend, store, timeout_s = where
-    faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__ or sys.stderr)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

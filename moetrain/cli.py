@@ -1,0 +1,135 @@
+"""python -m moetrain VERB [overrides]. Exit codes: 0 done, 1 failure, 2 refused configuration."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+
+from moetrain.comm.start import is_rank0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. A user's mistake is one line on stderr, from one rank; a failure is a traceback."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"moetrain: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        VERBS[verb](rest)
+    except ValueError as error:
+        if is_rank0():
+            print(f"moetrain {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def train(overrides: list[str]) -> None:
+    """train a model: moetrain train experiment=quickstart train.steps=300"""
+    from moetrain.train import train
+
+    train(overrides)
+
+
+def mesh(overrides: list[str]) -> None:
+    """print both rank tables of a layout: moetrain mesh world=16 parallel.tp=2 parallel.ep=8 [format=json]"""
+    from moetrain.mesh.layout import format_tables, make_layout, rank_tables
+
+    options = _options(overrides)
+    world, style = _integer("world", options.pop("world", "1")), options.pop("format", "text")
+    if style not in ("text", "json"):
+        raise ValueError(f"format={style!r}; nearest legal value: text (or json)")
+    wrong = [key for key in options if not key.startswith("parallel.")]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: no such key; mesh takes world=, format=, and parallel.*")
+    degrees = {key.removeprefix("parallel."): _integer(key, value) for key, value in options.items()}
+    layout = make_layout(world, **degrees)
+    print(json.dumps(rank_tables(layout)) if style == "json" else format_tables(layout))
+
+
+def params(overrides: list[str]) -> None:
+    """print total and active parameters: moetrain params model=mixtral_8x7b"""
+    from moetrain.config.compose import load_config
+    from moetrain.plan.params import format_table
+
+    print(format_table(load_config(overrides).model))
+
+
+def doctor(overrides: list[str]) -> None:
+    """say what this machine has, which backends can run, and what is missing for each"""
+    from moetrain.plan.doctor import diagnose
+
+    print(diagnose())
+
+
+def report(arguments: list[str]) -> None:
+    """summarise a run: moetrain report runs/quickstart"""
+    from moetrain.observe.report import report
+
+    if len(arguments) != 1:
+        raise ValueError("report takes one run directory: moetrain report runs/quickstart")
+    print(report(arguments[0]))
+
+
+def tokenize(overrides: list[str]) -> None:
+    """write memory-mapped token shards: moetrain tokenize source.kind=jsonl source.path=FILE tokenizer=byte out=DIR"""
+    from moetrain.data.tokenize import run
+
+    options: dict = {}
+    for key, value in _options(overrides).items():
+        node = options
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    run(options)
+
+
+def generate(overrides: list[str]) -> None:
+    """continue a prompt, as a sanity check: moetrain generate checkpoint=runs/quickstart prompt="def " """
+    from moetrain.generate import generate_text
+
+    options = _options(overrides)
+    print(generate_text(options))
+
+
+def _options(overrides: list[str]) -> dict[str, str]:
+    """key=value arguments of the verbs that need no composed configuration."""
+    wrong = [override for override in overrides if "=" not in override]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is not of the form key=value")
+    return dict(override.split("=", 1) for override in overrides)
+
+
+def _integer(key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{key}={value!r} is not an integer; nearest legal value: 1") from None
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "mesh": mesh,
+    "params": params,
+    "doctor": doctor,
+    "report": report,
+    "tokenize": tokenize,
+    "generate": generate,
+}
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {(verb.__doc__ or '').strip()}" for name, verb in VERBS.items()]
+    return "python -m moetrain VERB [overrides]\n\n" + "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Start torch.distributed from torchrun's environment, or as a world of one without it."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Ranks of this launch: torchrun's WORLD_SIZE, 1 without it. Touches neither ranks nor GPUs."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank0() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start_distributed(timeout_s: float = 1800.0) -> torch.device:
+    """Join the process group and return this rank's device: its own GPU where there is one, else the CPU.
+
+    One process is a world of one, so the same program serves both. GPU worlds get gloo for CPU tensors too, which
+    checkpoints use. Raises ValueError when a host has fewer GPUs than ranks.
+    """
+    device = _device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def stop_distributed() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= here:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "?")
+        raise ValueError(
+            f"--nproc-per-node={ranks}: this host has {here} GPUs; nearest legal value: {here} "
+            "(or CUDA_VISIBLE_DEVICES= to train on the CPU)"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

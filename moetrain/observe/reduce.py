@@ -1,0 +1,56 @@
+"""One all-reduce for everything a step reports: losses, expert counts, and whether any rank was asked to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.comm.collectives import all_reduce_sum
+from moetrain.moe.layer import MoELayer
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over all ranks and micro-batches of one step, on the device. L MoE layers, E experts.
+
+    ce_loss, losses: 0-d fp64 terms of the objective. stop: ranks that were asked to stop. count_LE: int64.
+    entropy_L: fp64, nats times tokens.
+    """
+
+    ce_loss: Tensor
+    stop: Tensor
+    losses: dict[str, Tensor]
+    count_LE: Tensor
+    entropy_L: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """The objective: cross-entropy and every auxiliary loss."""
+        return sum(self.losses.values(), start=self.ce_loss)
+
+
+def reduce_step(ce_loss: Tensor, stop: bool, layers: list[MoELayer], group: dist.ProcessGroup) -> StepSums:
+    """Sum this step over `group` and empty the layers' statistics. fp64 holds counts up to 2^53 exactly."""
+    names = sorted({name for layer in layers for name in layer.stats.losses})
+    zero = torch.zeros((), dtype=torch.float64, device=ce_loss.device)
+    of_loss = [sum((layer.stats.losses.get(name, zero) for layer in layers), start=zero) for name in names]
+    head = [ce_loss.double(), torch.full_like(zero, float(stop)), *of_loss]
+    entropies, counts = [], []
+    for layer in layers:
+        assert layer.stats.count_E is not None, "a MoE layer routed nothing in this step"
+        assert layer.stats.entropy is not None
+        entropies.append(layer.stats.entropy)
+        counts.append(layer.stats.count_E.double())
+        layer.stats.reset()
+    flat = all_reduce_sum(torch.cat([torch.stack(head + entropies), *counts]), group)
+    scalars, rest = flat[: len(head) + len(layers)], flat[len(head) + len(layers) :]
+    return StepSums(
+        ce_loss=scalars[0],
+        stop=scalars[1],
+        losses={f"aux/{name}": scalars[2 + i] for i, name in enumerate(names)},
+        count_LE=rest.view(len(layers), -1).long() if layers else rest.view(0, 0).long(),
+        entropy_L=scalars[len(head) :],
+    )

@@ -1,0 +1,90 @@
+"""Record a training run step by step, to compare layouts: what "the same under every layout" is measured with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.comm.start import start_distributed
+from moetrain.config.compose import load_config
+from moetrain.config.validate import validate
+from moetrain.trainer import Trainer
+
+
+@dataclass
+class Step:
+    """One optimizer step: its metrics row and every whole gradient, by parameter name, as the optimizer saw it."""
+
+    row: dict
+    gradients: dict[str, Tensor]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all ranks, any other tensor as it is; detached, on the CPU."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().clone()
+
+
+def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tensor]]:
+    """Train `steps` steps of `overrides` on the ranks that are running; return each step and the final weights.
+
+    Collective: call it on every rank (from `run_ranks`), or in a process without ranks.
+    """
+    config = load_config(overrides)
+    alone = not dist.is_initialized()
+    layout = validate(config, 1 if alone else dist.get_world_size())
+    device = start_distributed() if alone else _rank_device()
+    trainer = Trainer(config, layout, device)
+    trainer.log.start(trainer.step, {})
+    seen: dict[str, Tensor] = {}
+
+    def capture(*_: object) -> None:
+        for name, parameter in trainer.model.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            seen[name] = whole(parameter.grad)
+
+    trainer.optimizer.register_step_pre_hook(capture)
+    recorded = []
+    for _ in range(steps):
+        row, _ = trainer.train_step()
+        recorded.append(Step(row, dict(seen)))
+    weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
+    trainer.close()
+    if alone:
+        dist.destroy_process_group()
+    return recorded, weights
+
+
+def _rank_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@dataclass
+class Difference:
+    """The largest deviations over all steps: relative for loss and norm, relative to the largest entry per gradient."""
+
+    loss: float
+    norm: float
+    gradient: float
+    where: str
+
+
+def compare(run: list[Step], reference: list[Step]) -> Difference:
+    """How far `run` is from `reference`, the worst step and parameter of each kind."""
+    assert len(run) == len(reference)
+    loss = norm = gradient = 0.0
+    where = ""
+    for index, (mine, theirs) in enumerate(zip(run, reference)):
+        loss = max(loss, abs(mine.row["loss"] / theirs.row["loss"] - 1))
+        norm = max(norm, abs(mine.row["grad_norm"] / theirs.row["grad_norm"] - 1))
+        assert mine.gradients.keys() == theirs.gradients.keys()
+        for name, expected in theirs.gradients.items():
+            scale = expected.abs().max().clamp(min=1e-30)
+            error = float((mine.gradients[name] - expected).abs().max() / scale)
+            if error > gradient:
+                gradient, where = error, f"{name} at step {index + 1}"
+    return Difference(loss, norm, gradient, where)

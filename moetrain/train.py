@@ -1,0 +1,41 @@
+"""Lifecycle of `moetrain train`: compose -> typed configuration -> validate -> ranks -> Trainer -> fit."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+
+from moetrain.comm.start import start_distributed, stop_distributed, world_size
+from moetrain.config.compose import load_config
+from moetrain.config.schema import Config
+from moetrain.config.validate import validate
+from moetrain.trainer import Trainer
+
+
+def train(overrides: list[str]) -> None:
+    """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
+    config = load_config(overrides)
+    layout = validate(config, world_size())
+    set_determinism(config)
+    device = start_distributed()
+    try:
+        trainer = Trainer(config, layout, device)
+        try:
+            trainer.fit()
+        finally:
+            trainer.close()
+    finally:
+        stop_distributed()
+
+
+def set_determinism(config: Config) -> None:
+    """Seed the global generators, which nothing of ours draws from, and forbid nondeterministic kernels if asked."""
+    random.seed(config.run.seed)
+    np.random.seed(config.run.seed)
+    torch.manual_seed(config.run.seed)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
