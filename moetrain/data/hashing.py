@@ -31,6 +31,6 @@ def uniform(seed_key: np.uint64, index_N: np.ndarray) -> np.ndarray:
     return (mix(steps_N + seed_key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def held_out(name: str, percent: float) -> bool:
-    """Whether the document of this name belongs to validation. No seed: a document's side never changes."""
-    return int(key("held_out", name)) < percent / 100 * 2.0**64
+def place(name: str) -> float:
+    """A document's place in [0, 1): those below the held-out share are validation. No seed: its side never changes."""
+    return float(int(key("held_out", name)) >> 11) * 2.0**-53

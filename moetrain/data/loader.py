@@ -63,6 +63,7 @@ class Loader:
         self._ahead: Future[tuple[list[Batch], dict[str, Any]]] | None = None
         self._step, self._samples = 0, 0
         self._counts = dict.fromkeys(self._sources, 0)
+        self._beginnings = {name: source.state_dict() for name, source in self._sources.items()}
         self._state = self._snapshot()
 
     def next_step(self) -> list[Batch]:
@@ -86,10 +87,9 @@ class Loader:
         self._check_same(state)
         self._step, self._samples = state["step"], state["samples"]
         for name, source in self._sources.items():
-            known = state["sources"].get(name)
-            self._counts[name] = known["count"] if known else 0
-            if known:
-                source.load_state_dict(known["reader"])
+            known = state["sources"].get(name, {"count": 0, "reader": self._beginnings[name]})
+            self._counts[name] = known["count"]
+            source.load_state_dict(known["reader"])
         self._state = self._snapshot()
 
     def fingerprint(self) -> str:

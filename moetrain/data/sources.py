@@ -10,7 +10,7 @@ from typing import Protocol
 from moetrain.config.data import DataConfig, SourceConfig
 from moetrain.data.batch import Row
 from moetrain.data.documents import DocumentReader
-from moetrain.data.hashing import held_out
+from moetrain.data.hashing import place
 from moetrain.data.readers import Source, open_source
 from moetrain.data.rows import MappedRows, RowSource, read_row
 from moetrain.data.store import TokenStore
@@ -122,7 +122,7 @@ class SourceOpener:
 
 
 def _kept(percent: float, validation: bool, name: str) -> bool:
-    return held_out(name, percent) == validation
+    return (place(name) < percent / 100) == validation
 
 
 def _check_tokens(where: str, store: TokenStore, tokenizer: Tokenizer) -> None:

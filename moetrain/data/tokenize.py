@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from filelock import FileLock
 
 from moetrain.config.data import SourceConfig, check_source, nearest
 from moetrain.data.documents import DocumentReader
-from moetrain.data.hashing import held_out
+from moetrain.data.hashing import place
 from moetrain.data.readers import Source, open_source
 from moetrain.data.store import FORMAT, META, StoreWriter
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -35,33 +38,37 @@ def write_stores(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Writes a store for each of `splits` under `directory` (new or empty) and returns their metas.
 
-    percent: share of documents held out for `validation`. Raises ValueError naming the source when it has no document
-    at all, and whatever `DocumentReader.read` raises; then nothing complete is left in `directory`.
+    percent: share of documents held out for `validation`; more than 0 means at least one, if there are two. Raises
+    ValueError naming the source when it has no document at all, and whatever `DocumentReader.read` raises.
     """
-    writers = {split: StoreWriter(directory / split, tokenizer, has_mask, shard_tokens) for split in splits}
 
-    def wanted(name: str) -> bool:
-        return _side(name, percent) in writers
+    def write(share: float) -> tuple[dict[str, StoreWriter], list[int], float]:
+        writers = {split: StoreWriter(directory / split, tokenizer, has_mask, shard_tokens) for split in splits}
+        counts, lowest = [0, 0], 1.0
+        for shard in source.shards:
+            for document in reader.read(shard):
+                side = int(place(document.name) < share)
+                if SPLITS[side] in writers:
+                    writers[SPLITS[side]].add(document.ids_N, document.mask_N)
+                counts[side] += 1
+                lowest = min(lowest, place(document.name))
+        return writers, counts, lowest
 
-    seen = 0
-    for shard in source.shards:
-        for document in reader.read(shard, keep=wanted):
-            writers[_side(document.name, percent)].add(document.ids_N, document.mask_N)
-            seen += 1
-    if not seen:
+    writers, counts, lowest = write(percent / 100)
+    if percent > 0 and counts[0] > 1 and counts[1] == 0:  # a few documents, all of them above the share
+        for split, writer in writers.items():
+            writer.close()
+            shutil.rmtree(directory / split)
+        writers, counts, _ = write(math.nextafter(lowest, 1.0))
+    if not sum(counts):
         raise ValueError(f"{reader.where} is empty: its {len(source.shards)} files hold no document with a token")
     return {split: writer.close() for split, writer in writers.items()}
-
-
-def _side(name: str, percent: float) -> str:
-    return "validation" if held_out(name, percent) else "train"
 
 
 def cached_stores(where: str, config: SourceConfig, tokenizer: Tokenizer, percent: float, cache_dir: Path) -> Path:
     """The directory of the source's stores in the cache, written first when it is not there.
 
-    Any number of processes and hosts may ask at once: one writes under a lock, and where a file system has no locks the
-    first rename wins and the others' equal work is dropped.
+    Any number of processes and hosts may ask at once: one writes under a lock and the others wait for it.
     """
     source = open_source(where, config)
     keys = {k: v for k, v in dataclasses.asdict(config).items() if k not in _LEFT_ALONE}
@@ -71,12 +78,24 @@ def cached_stores(where: str, config: SourceConfig, tokenizer: Tokenizer, percen
     if target.is_dir():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f"{target.name}.lock"):
+    with _one_writer(cache_dir / f"{target.name}.lock"):
         if not target.is_dir():
             reader = DocumentReader(where, config, tokenizer)
             with _fresh_directory(target) as fresh:
                 write_stores(reader, source, fresh, tokenizer, has_mask=bool(config.mask_column), percent=percent)
     return target
+
+
+@contextmanager
+def _one_writer(path: Path) -> Iterator[None]:
+    """Holds a lock, or nothing where the file system has none: then the first rename wins, equal work is dropped."""
+    lock = FileLock(path)
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _fresh_directory:

@@ -119,15 +119,23 @@ def test_the_mixture_changes_at_its_step_even_when_named_only_at_the_resume(conf
     assert _rows(after.next_step()) == steps[5]
 
 
-def test_a_source_can_join_at_a_resume(config, load, write_jsonl, texts):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_can_join_at_a_resume(config, load, write_jsonl, texts, streaming):
     old = load(config)
     old.next_step()
     joined = SourceConfig(kind="jsonl", path=write_jsonl([{"text": t} for t in texts], "new.jsonl"))
     config.sources = config.sources | {"new": joined}
+    config.sources["new"].streaming = streaming
     config.mixture = [MixtureStage(1, {"new": 1.0})]
-    new = load(config)
-    new.load_state_dict(old.state_dict())
-    assert all(row[0].startswith("new:0:") for row in _rows(new.next_step()))
+    new, used = load(config), load(config)
+    for _ in range(2):
+        used.next_step()
+    read = []
+    for loader in new, used:
+        loader.load_state_dict(old.state_dict())
+        read.append(_rows(loader.next_step()))
+    assert all(row[0].startswith("new:0:") for row in read[0])
+    assert read[0] == read[1]  # from its beginning, whatever the loader had read before
 
 
 def test_a_resume_on_other_data_is_refused_and_names_both(config, load, write_jsonl, texts):

@@ -61,6 +61,19 @@ def test_the_splits_share_nothing_and_lose_nothing(options, tmp_path, texts):
     assert abs(len(found["all", "validation"]) - 12) < 5 * np.sqrt(60 * 0.2 * 0.8)
 
 
+def test_few_documents_still_hold_one_out(options, tmp_path, write_jsonl):
+    rows = [{"text": "one"}, {"text": ""}, {"text": "two"}, {"text": "three"}]
+    for split, texts in ("all", 2), ("train", 2):
+        out = tmp_path / split
+        source = {"kind": "jsonl", "path": write_jsonl(rows)}
+        tokenize.run(options | {"source": source, "out": str(out), "split": split, "validation_percent": 1e-6})
+        assert TokenStore(out / "train", "x").meta["documents"] == texts
+    assert TokenStore(tmp_path / "all" / "validation", "x").meta["documents"] == 1
+    whole = options | {"source": source, "out": str(tmp_path / "whole"), "validation_percent": 0}
+    tokenize.run(whole)
+    assert TokenStore(tmp_path / "whole" / "train", "x").meta["documents"] == 3
+
+
 def test_one_store_is_training_data(options, tmp_path):
     tokenize.run(options)
     loader = _loader(tmp_path, SourceConfig(kind="shards", path=options["out"] + "/train"))
