@@ -1,0 +1,100 @@
+"""Time candidate tiles of each kernel: `python kernels/benchmarks/tiles.py [--shapes olmoe ...] [--kernels up ...]`.
+
+Prints milliseconds and the fraction of the dense matmul of the same FLOPs, best first. Candidates are compiled by
+all cores before the device is touched. What wins here is written by hand into moetrain_kernels/configs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from dataclasses import replace
+
+import torch
+import triton
+from moetrain_kernels import compile_check, experts, plan
+from moetrain_kernels.launch import Tiles
+from shapes import SHAPES, Shape, dense_limit_ms, median_ms, route
+
+CANDIDATES = {
+    "up": [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4, 1, 2), Tiles(128, 64, 64, 4, 3, 2, 2),
+           Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 128, 64, 4, 4, 1, 2), Tiles(64, 128, 64, 4, 2, 2, 2)],
+    "down": [Tiles(128, 256, 64, 8, 3, 1, 2), Tiles(128, 256, 64, 8, 4, 1, 4), Tiles(128, 128, 64, 4, 3, 2, 4),
+             Tiles(64, 128, 64, 4, 3, 2), Tiles(64, 256, 64, 4, 4, 1, 4)],
+    "down_grad": [Tiles(128, 128, 64, 4, 2, 2, 4), Tiles(128, 128, 64, 8, 4, 1, 2), Tiles(128, 128, 64, 8, 4, 1, 4),
+                  Tiles(128, 256, 64, 8, 3, 1, 4), Tiles(128, 128, 64, 8, 2, 2, 4), Tiles(128, 64, 64, 4, 3, 2, 2),
+                  Tiles(64, 128, 64, 4, 3, 2, 2), Tiles(64, 128, 64, 4, 3, 2, 4)],
+    "dw_down": [Tiles(128, 256, 64, 8, 5, 1, 2), Tiles(128, 256, 64, 8, 7, 1, 2), Tiles(256, 128, 64, 8, 5, 1, 2),
+                Tiles(256, 128, 64, 8, 7, 1, 2), Tiles(128, 128, 64, 4, 5, 2, 4)],
+}
+CANDIDATES["dx"] = CANDIDATES["down"]
+CANDIDATES["dw_up"] = CANDIDATES["dw_down"]
+
+
+def runner(name: str, shape: Shape, tiles: Tiles, device: str):
+    """A function that launches one kernel on freshly made inputs of the shape."""
+    make = torch.randn if device == "cuda" else torch.empty
+
+    def tensor(*size: int) -> torch.Tensor:
+        return make(*size, device=device, dtype=torch.bfloat16)
+
+    rows, (d, f, e) = shape.T * shape.K, (shape.D, shape.F, shape.E)
+    expert_TK = route(shape, 0.0, device) if device == "cuda" else torch.zeros(shape.T, shape.K, dtype=torch.int64)
+    p = plan.sort_rows(expert_TK, e, tiles.bm if not name.startswith("dw") else 128)
+    x, gate = tensor(shape.T, d), torch.ones(shape.T, shape.K, device=device)
+    if name == "up":
+        w = tensor(e, 2, f, d)
+        return lambda i=0: experts.up_swiglu(x, p, w, tiles)
+    if name == "down_grad":
+        w, h = tensor(e, d, f), tensor(rows, 2 * f)
+        return lambda i=0: experts.down_grad(x, gate, p, w, h, tiles)
+    if name in ("down", "dx"):
+        a, w = (tensor(rows, f), tensor(e, d, f)) if name == "down" else (tensor(rows, 2 * f), tensor(e, 2 * f, d))
+        return lambda i=0: experts.grouped_gemm(a, p, w, tiles, transposed=name == "dx")
+    r, out = (tensor(rows, f), tensor(e, d, f)) if name == "dw_down" else (tensor(rows, 2 * f), tensor(e, 2 * f, d))
+    return lambda i=0: experts.weight_grad(x, r, p, out, name == "dw_down", tiles)
+
+
+def precompile(job: tuple[str, Shape, Tiles]) -> str | None:
+    """Fill Triton's disk cache for one job without a device; returns an error or None."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        with compile_check.compiling_for(90, []):
+            runner(*job, device="cpu")()
+    except Exception as error:
+        return f"{job[0]} {job[1].name} {job[2]}: {str(error)[:200]}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES])
+    parser.add_argument("--kernels", nargs="+", default=list(CANDIDATES))
+    args = parser.parse_args()
+    shapes = [s for s in SHAPES if s.name in args.shapes]
+
+    def bound(tiles: Tiles) -> Tiles:
+        return replace(tiles, sms=132, tma=True)
+
+    jobs = [(k, s, bound(t)) for s in shapes for k in args.kernels for t in CANDIDATES[k]]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for error in filter(None, pool.imap_unordered(precompile, jobs, chunksize=1)):
+            print("compile:", error)
+    for shape in shapes:
+        limit = dense_limit_ms(shape)
+        print(f"{shape.name}: dense matmuls {limit['all']:.3f} ms; triton {triton.__version__}", flush=True)
+        for name in args.kernels:
+            found = []
+            for tiles in CANDIDATES[name]:
+                try:
+                    found.append((median_ms(runner(name, shape, bound(tiles), "cuda"), repeats=8), tiles))
+                except Exception as error:
+                    print(f"  {name} {tiles}: {str(error)[:120]}")
+            for ms, t in sorted(found, key=lambda pair: pair[0]):
+                blocks = f"{t.bm}x{t.bn}x{t.bk} w{t.warps} s{t.stages} p{t.per_sm} split{t.split}"
+                print(f"  {name:10s} {blocks:32s} {ms:7.3f} ms  {limit[name] / ms:5.2f} of dense", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Triton kernels for the expert layer of a mixture-of-experts model. Imports torch and triton only."""
+
+from . import reference
+from .experts import moe_experts
+from .launch import available
+
+__all__ = ["available", "moe_experts", "reference"]

@@ -1,0 +1,115 @@
+"""Compile every kernel for given architectures without a GPU: `python -m moetrain_kernels.compile_check --arch 90 80`.
+
+The package's own host code runs on CPU tensors with each launch turned into a compilation for the named architecture,
+so what is compiled is exactly what a launch there would compile. Exit code 1 if a kernel fails or was never reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from . import combine, configs, down_grad, experts, gemm, launch, plan, up, weight_grad
+
+KERNEL_MODULES = (plan, up, gemm, combine, down_grad, weight_grad)
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return 1000 + self.arch  # Triton keeps one kernel cache per device number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def kernel_names() -> set[str]:
+    """Every @triton.jit function of the package that is launched (helpers are inlined into these)."""
+    names = {n for m in KERNEL_MODULES for n, v in vars(m).items() if isinstance(v, JITFunction)}
+    return {n for n in names if n.endswith("_kernel")}
+
+
+@contextmanager
+def compiling_for(arch: int, report: list[tuple[str, int]]) -> Iterator[None]:
+    """Inside, a kernel launch compiles for `arch` and appends (name, shared-memory bytes) to the report."""
+    run = JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        report.append((kernel.fn.__name__, compiled.metadata.shared))
+        return compiled
+
+    with ExitStack() as stack:
+        triton.runtime.driver.set_active(_Driver(arch))
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        stack.enter_context(mock.patch.object(configs, "device_traits", lambda device: (132, arch)))
+        yield
+
+
+def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (2048, 1024)) -> None:
+    """Walk the expert layer's forward and backward once; `num_tokens` selects the table entry."""
+    num_d, num_f = dims
+    num_experts, top_k = 2, 2
+    x_TD = torch.empty(num_tokens, num_d, dtype=dtype)
+    gate_TK = torch.empty(num_tokens, top_k)
+    expert_TK = torch.zeros(num_tokens, top_k, dtype=torch.int64)
+    weights = (torch.empty(num_experts, 2, num_f, num_d, dtype=dtype), torch.empty(num_experts, num_d, num_f, dtype=dtype))
+    config = configs.choose(x_TD, *weights, expert_TK.numel())
+    rows = plan.sort_rows(expert_TK, num_experts, config.block_m)
+    _, h_R2F = experts.forward(x_TD, rows, gate_TK, *weights, config)
+    experts.backward(x_TD, x_TD, rows, gate_TK, weights, h_R2F, config, (True, True, True))
+
+
+def check(arch: int) -> bool:
+    """Compile everything for one architecture and print a line per kernel variant."""
+    cases = [("bf16", torch.bfloat16, 1024), ("bf16, few rows", torch.bfloat16, 16), ("fp16", torch.float16, 1024),
+             ("fp32", torch.float32, 1024)]
+    reached: set[str] = set()
+    good = True
+    for label, dtype, num_tokens in cases:
+        report: list[tuple[str, int]] = []
+        try:
+            with compiling_for(arch, report):
+                compile_layer(dtype, num_tokens)
+        except Exception as error:  # any compiler failure is a finding to print, not a crash of the check
+            print(f"sm_{arch}  {label:15s} FAILED after {[name for name, _ in report]}: {str(error)[:500]}")
+            good = False
+        for name, shared in report:
+            fits = shared <= SHARED_LIMIT.get(arch, 101376)
+            good &= fits
+            print(f"sm_{arch}  {label:15s} {name:22s} shared {shared:6d} B  {'ok' if fits else 'TOO LARGE'}")
+        reached |= {name for name, _ in report}
+    missed = kernel_names() - reached
+    if missed:
+        print(f"sm_{arch}  never reached: {sorted(missed)}")
+    return good and not missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], help="compute capabilities, such as 90 80")
+    args = parser.parse_args()
+    if launch.interpreting():
+        print("TRITON_INTERPRET=1 is set: nothing would be compiled")
+        return 1
+    return 0 if all([check(arch) for arch in args.arch]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Which block sizes each kernel uses: a fixed table per device and dtype, no tuning at run time.
+
+The four kernels that walk row tiles share one `bm`, because they share one tile table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .launch import Tiles, device_traits, fits_tma
+
+
+@dataclass(frozen=True)
+class Config:
+    """Blocks of the six GEMM-like kernels of one expert layer."""
+
+    up: Tiles
+    down: Tiles
+    down_grad: Tiles
+    dx: Tiles
+    dw_down: Tiles
+    dw_up: Tiles
+
+    @property
+    def block_m(self) -> int:
+        return self.up.bm
+
+    def on(self, sms: int, tma: bool, precision: str) -> Config:
+        """The same blocks bound to a device."""
+        bind = {name: replace(tiles, sms=sms, tma=tma, precision=precision) for name, tiles in vars(self).items()}
+        return Config(**bind)
+
+
+# Hopper, 16-bit, at least about 200 rows per expert. One program per multiprocessor owns nearly all its registers.
+HOPPER = Config(
+    up=Tiles(128, 128, 64, warps=8, stages=4, split=2),
+    down=Tiles(128, 256, 64, warps=8, stages=4, split=4),
+    down_grad=Tiles(128, 128, 64, warps=8, stages=4, split=2),
+    dx=Tiles(128, 256, 64, warps=8, stages=4, split=4),
+    dw_down=Tiles(128, 256, 64, warps=8, stages=4, split=2),
+    dw_up=Tiles(128, 256, 64, warps=8, stages=4, split=2),
+)
+# Hopper, 16-bit, few rows per expert: half the row tile wastes fewer rows, the weights are what is read.
+HOPPER_FEW_ROWS = Config(
+    up=Tiles(64, 64, 64, warps=4, stages=3, per_sm=2),
+    down=Tiles(64, 128, 64, warps=4, stages=3, per_sm=2),
+    down_grad=Tiles(64, 128, 64, warps=4, stages=3, per_sm=2, split=2),
+    dx=Tiles(64, 128, 64, warps=4, stages=3, per_sm=2),
+    dw_down=Tiles(128, 256, 64, warps=8, stages=4, split=2),
+    dw_up=Tiles(128, 256, 64, warps=8, stages=4, split=2),
+)
+# Anything else that Triton runs on: pointer loads, and tiles that also fit fp32 and smaller shared memories.
+PORTABLE = Config(
+    up=Tiles(64, 32, 32, warps=4, stages=3, per_sm=3),
+    down=Tiles(64, 64, 32, warps=4, stages=3, per_sm=3),
+    down_grad=Tiles(64, 64, 32, warps=4, stages=3, per_sm=3),
+    dx=Tiles(64, 64, 32, warps=4, stages=3, per_sm=3),
+    dw_down=Tiles(64, 64, 32, warps=4, stages=3, per_sm=3),
+    dw_up=Tiles(64, 64, 32, warps=4, stages=3, per_sm=3),
+)
+INTERPRETED = Config(*[Tiles(16, 16, 16, warps=4, stages=1, split=s, group=2) for s in (1, 1, 1, 1, 1, 1)])
+
+
+def choose(x_TD: torch.Tensor, w_gate_up_E2FD: torch.Tensor, w_down_EDF: torch.Tensor, rows: int) -> Config:
+    """The table's entry for these tensors on this device; `rows` is the bound on active slots."""
+    sms, capability = device_traits(x_TD.device)
+    if capability == 0:
+        return INTERPRETED.on(sms, False, "ieee")
+    precision = "ieee" if x_TD.dtype == torch.float32 else "tf32"
+    if capability == 90 and x_TD.element_size() == 2 and fits_tma(x_TD, w_gate_up_E2FD, w_down_EDF):
+        few = rows < 200 * w_down_EDF.shape[0]
+        return (HOPPER_FEW_ROWS if few else HOPPER).on(sms, True, precision)
+    return PORTABLE.on(sms, False, precision)

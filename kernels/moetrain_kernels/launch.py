@@ -1,0 +1,71 @@
+"""How a kernel is launched: block sizes, the number of persistent programs, and TMA descriptors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks of one kernel. `bm` x `bn` is the output tile (for the up kernel bn counts gate columns, so the
+    accumulator is 2 bn wide), `bk` the reduction step, `split` the epilogue's column parts, `sms` the device's
+    multiprocessors, `per_sm` the programs on each."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    per_sm: int = 1
+    split: int = 1
+    group: int = 16
+    sms: int = 1
+    tma: bool = False
+    precision: str = "tf32"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1, set before triton was imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def device_traits(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, compute capability such as 90) of a device; the interpreter counts as two multiprocessors."""
+    if device.type != "cuda":
+        return 2, 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_properties(device).multi_processor_count, 10 * major + minor
+
+
+def programs(tiles: Tiles, num_tiles: int) -> int:
+    """Persistent programs for at most `num_tiles` tiles."""
+    return max(1, min(tiles.sms * tiles.per_sm, num_tiles))
+
+
+def block_desc(tensor: torch.Tensor, block: tuple[int, ...], tma: bool) -> TensorDescriptor | torch.Tensor:
+    """A TMA descriptor of a contiguous tensor, or the tensor itself where TMA is not used."""
+    return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor
+
+
+def fits_tma(*tensors: torch.Tensor) -> bool:
+    """TMA needs a 16-byte aligned base and row pitch."""
+    return all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+
+
+def available() -> tuple[bool, str]:
+    """(can these kernels run here, why)."""
+    if interpreting():
+        return True, "Triton interpreter on the CPU"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return False, f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"

@@ -1,0 +1,179 @@
+"""Routing metadata, built on the device: slots sorted by expert, expert spans, and the table of row tiles.
+
+A counting sort in three launches and no host synchronisation: per-block histogram, prefix over blocks, scatter. It is
+stable (rows of one expert keep slot order), so everything computed from it repeats bit for bit.
+Slots: S = T*K, slot = t*K + k. Rows: active slots in expert order. A tile is up to `block_m` rows of one expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_SLOTS = 128
+TABLE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Where every row comes from and goes to. All tensors int32, on the device.
+
+    slot_R [max_rows]        row -> slot; entries past the total are undefined
+    row_TK [T, K]            slot -> row, -1 if the slot has none
+    tiles_M3 [max_tiles, 3]  (expert, first row, end row of the expert) of each row tile
+    spans_E3 [E, 3]          (expert, first row, end row), experts with most rows first
+    sizes_2 [2]              (row tiles, rows) in use
+    """
+
+    slot_R: torch.Tensor
+    row_TK: torch.Tensor
+    tiles_M3: torch.Tensor
+    spans_E3: torch.Tensor
+    sizes_2: torch.Tensor
+    block_m: int
+
+    @property
+    def max_rows(self) -> int:
+        return self.slot_R.numel()
+
+    @property
+    def top_k(self) -> int:
+        return self.row_TK.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.spans_E3.shape[0]
+
+
+@triton.jit
+def histogram_kernel(expert_S, counts_EB, num_slots, num_blocks, E: tl.constexpr, E_POW2: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """counts[e, b] = slots of block b that name expert e."""
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_S + slot, mask=slot < num_slots, other=-1).to(tl.int32)
+    ids = tl.arange(0, E_POW2)
+    count = tl.sum((expert[:, None] == ids[None, :]).to(tl.int32), axis=0)
+    tl.store(counts_EB + ids.to(tl.int64) * num_blocks + block, count, mask=ids < E)
+
+
+@triton.jit
+def prefix_kernel(counts_EB, total_E, num_blocks, BLOCK: tl.constexpr):
+    """Per expert, counts become exclusive prefixes over the blocks; the total goes to total_E."""
+    expert = tl.program_id(0)
+    carry = tl.full((), 0, tl.int32)
+    for start in range(0, num_blocks, BLOCK):
+        b = start + tl.arange(0, BLOCK)
+        at = counts_EB + expert.to(tl.int64) * num_blocks + b
+        count = tl.load(at, mask=b < num_blocks, other=0)
+        tl.store(at, carry + tl.cumsum(count, axis=0) - count, mask=b < num_blocks)
+        carry += tl.sum(count)
+    tl.store(total_E + expert, carry)
+
+
+@triton.jit
+def _scatter_block(expert_S, prefix_EB, count, ids, slot_R, row_S, block, num_slots, num_blocks, max_rows,
+                   E: tl.constexpr, BLOCK: tl.constexpr):
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < num_slots
+    expert = tl.load(expert_S + slot, mask=inside, other=-1).to(tl.int32)
+    used = (expert >= 0) & (expert < E)
+    base = tl.sum(tl.where(ids[None, :] < expert[:, None], count[None, :], 0), axis=1)
+    prefix = tl.load(prefix_EB + expert.to(tl.int64) * num_blocks + block, mask=used, other=0)
+    # Rank among equals of this block: a comparison matrix, whose cost does not grow with the number of experts.
+    j = tl.arange(0, BLOCK)
+    other = tl.load(expert_S + block * BLOCK + j, mask=block * BLOCK + j < num_slots, other=-1).to(tl.int32)
+    earlier = (other[None, :] == expert[:, None]) & (j[None, :] < tl.arange(0, BLOCK)[:, None])
+    row = base + prefix + tl.sum(earlier.to(tl.int32), axis=1)
+    used = used & (row < max_rows)
+    tl.store(slot_R + row, slot, mask=used)
+    tl.store(row_S + slot, tl.where(used, row, -1), mask=inside)
+
+
+@triton.jit
+def _write_spans(total_E, count, ids, spans_E3, sizes_2, first, max_rows, E: tl.constexpr, BLOCK_M: tl.constexpr,
+                 TABLE: tl.constexpr):
+    e = first + tl.arange(0, TABLE)
+    mine = tl.load(total_E + e, mask=e < E, other=0)
+    start = tl.sum(tl.where(ids[None, :] < e[:, None], count[None, :], 0), axis=1)
+    # The expert's place by descending count, ties by id: weight gradients start with the longest reductions.
+    ahead = (count[None, :] > mine[:, None]) | ((count[None, :] == mine[:, None]) & (ids[None, :] < e[:, None]))
+    place = tl.sum(ahead.to(tl.int32), axis=1)
+    tl.store(spans_E3 + 3 * place, e, mask=e < E)
+    tl.store(spans_E3 + 3 * place + 1, tl.minimum(start, max_rows), mask=e < E)
+    tl.store(spans_E3 + 3 * place + 2, tl.minimum(start + mine, max_rows), mask=e < E)
+    if first == 0:
+        row_end = tl.minimum(tl.cumsum(count, axis=0), max_rows)
+        rows = row_end - tl.minimum(tl.cumsum(count, axis=0) - count, max_rows)
+        tl.store(sizes_2, tl.sum((rows + BLOCK_M - 1) // BLOCK_M))
+        tl.store(sizes_2 + 1, tl.sum(rows))
+
+
+@triton.jit
+def _write_tiles(count, ids, tiles_M3, first_tile, max_rows, max_tiles, E: tl.constexpr, BLOCK_M: tl.constexpr,
+                 TABLE: tl.constexpr):
+    end = tl.minimum(tl.cumsum(count, axis=0), max_rows)
+    start = tl.minimum(tl.cumsum(count, axis=0) - count, max_rows)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    tile_end = tl.cumsum(tiles, axis=0)
+    t = first_tile + tl.arange(0, TABLE)
+    expert = tl.sum((tile_end[None, :] <= t[:, None]).to(tl.int32), axis=1)
+    here = ids[None, :] == expert[:, None]
+    row0 = tl.sum(tl.where(here, (start - (tile_end - tiles) * BLOCK_M)[None, :], 0), axis=1)
+    row_end = tl.sum(tl.where(here, end[None, :], 0), axis=1)
+    live = (t < max_tiles) & (expert < E)
+    tl.store(tiles_M3 + 3 * t, expert, mask=live)
+    tl.store(tiles_M3 + 3 * t + 1, row0 + t * BLOCK_M, mask=live)
+    tl.store(tiles_M3 + 3 * t + 2, row_end, mask=live)
+
+
+@triton.jit
+def scatter_kernel(expert_S, prefix_EB, total_E, slot_R, row_S, tiles_M3, spans_E3, sizes_2, num_slots, num_blocks,
+                   max_rows, max_tiles, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Programs [0, blocks) place slots; the next cdiv(E, TABLE) write spans and sizes; the rest the tile table."""
+    pid = tl.program_id(0)
+    ids = tl.arange(0, E_POW2)
+    count = tl.load(total_E + ids, mask=ids < E, other=0)
+    span_programs = (E + TABLE - 1) // TABLE
+    if pid < num_blocks:
+        _scatter_block(expert_S, prefix_EB, count, ids, slot_R, row_S, pid, num_slots, num_blocks, max_rows, E, BLOCK)
+    elif pid < num_blocks + span_programs:
+        first = (pid - num_blocks) * TABLE
+        _write_spans(total_E, count, ids, spans_E3, sizes_2, first, max_rows, E, BLOCK_M, TABLE)
+    else:
+        first_tile = (pid - num_blocks - span_programs) * TABLE
+        _write_tiles(count, ids, tiles_M3, first_tile, max_rows, max_tiles, E, BLOCK_M, TABLE)
+
+
+def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows: int | None = None) -> RowPlan:
+    """Build the plan. `max_rows` is a promise (default T*K): rows past it are dropped, never written out of bounds."""
+    num_slots = expert_TK.numel()
+    rows = num_slots if max_rows is None else min(max_rows, num_slots)
+    num_blocks = triton.cdiv(num_slots, BLOCK_SLOTS)
+    max_tiles = rows // block_m + min(num_experts, rows)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=expert_TK.device)
+
+    plan = RowPlan(empty(rows), empty(*expert_TK.shape), empty(max_tiles, 3), empty(num_experts, 3), empty(2), block_m)
+    if num_slots == 0:
+        return plan
+    counts_EB, total_E = empty(num_experts, num_blocks), empty(num_experts)
+    e_pow2 = triton.next_power_of_2(num_experts)
+    warps = 4 if e_pow2 <= 128 else 8 if e_pow2 == 256 else 16  # the [slots, E] comparisons stay in registers
+    expert_TK = expert_TK.contiguous()
+    histogram_kernel[(num_blocks,)](
+        expert_TK, counts_EB, num_slots, num_blocks, E=num_experts, E_POW2=e_pow2, BLOCK=BLOCK_SLOTS,
+        num_warps=warps)
+    prefix_kernel[(num_experts,)](
+        counts_EB, total_E, num_blocks, BLOCK=min(2048, triton.next_power_of_2(num_blocks)))
+    programs = num_blocks + triton.cdiv(num_experts, TABLE_ROWS) + triton.cdiv(max_tiles, TABLE_ROWS)
+    scatter_kernel[(programs,)](
+        expert_TK, counts_EB, total_E, plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_2,
+        num_slots, num_blocks, rows, max_tiles, E=num_experts, E_POW2=e_pow2, BLOCK_M=block_m,
+        BLOCK=BLOCK_SLOTS, TABLE=TABLE_ROWS, num_warps=warps)
+    return plan

@@ -1,0 +1,105 @@
+"""Plain-torch meaning of every kernel in this package, under the same names.
+
+Shape legend: T tokens, K slots per token, S = T*K slots, R rows (active slots sorted by expert), D model, F expert
+hidden, E experts. Every function runs on any device and in any floating dtype; tests compare with fp64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Active slots in expert order: `slot_R` (row -> slot), `row_TK` (slot -> row or -1), `offsets_E1` (first row)."""
+
+    slot_R: torch.Tensor
+    row_TK: torch.Tensor
+    offsets_E1: torch.Tensor
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(expert, first row, end row) of every expert, empty ones included."""
+        offsets = self.offsets_E1.tolist()
+        return [(e, offsets[e], offsets[e + 1]) for e in range(len(offsets) - 1)]
+
+
+def sort_rows(expert_TK: torch.Tensor, num_experts: int) -> Rows:
+    """Order the slots by expert, by slot within an expert; slots outside [0, E) have no row."""
+    expert_S = expert_TK.reshape(-1).long()
+    used_S = (expert_S >= 0) & (expert_S < num_experts)
+    key_S = torch.where(used_S, expert_S, num_experts)
+    slot_R = torch.argsort(key_S, stable=True)[: int(used_S.sum())]
+    row_S = torch.full_like(expert_S, -1)
+    row_S[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
+    counts_E = torch.bincount(key_S, minlength=num_experts + 1)[:num_experts]
+    offsets_E1 = functional.pad(counts_E.cumsum(0), (1, 0))
+    return Rows(slot_R, row_S.reshape(expert_TK.shape), offsets_E1)
+
+
+def up_swiglu(x_TD: torch.Tensor, rows: Rows, w_gate_up_E2FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pre-activation `h_R2F` (gate columns first) and activation `a_RF = silu(gate) * up` of every row's token."""
+    x_RD = x_TD[rows.slot_R // rows.row_TK.shape[1]]
+    h_R2F = torch.cat([x_RD[a:b] @ w_gate_up_E2FD[e].flatten(0, 1).T for e, a, b in rows.spans()])
+    gate_RF, up_RF = h_R2F.chunk(2, dim=1)
+    return h_R2F, functional.silu(gate_RF) * up_RF
+
+
+def grouped_gemm(a_RI: torch.Tensor, rows: Rows, w_EOI: torch.Tensor) -> torch.Tensor:
+    """`out_RO`: each row times the transpose of its expert's [O, I] matrix."""
+    return torch.cat([a_RI[a:b] @ w_EOI[e].T for e, a, b in rows.spans()])
+
+
+def combine(y_RD: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor | None = None) -> torch.Tensor:
+    """`out_TD`: the (weighted) sum of each token's rows; slots without a row add nothing."""
+    gathered_TKD = y_RD.new_zeros(*row_TK.shape, y_RD.shape[1])
+    used_TK = row_TK >= 0
+    gathered_TKD[used_TK] = y_RD[row_TK[used_TK]]
+    if gate_TK is not None:
+        gathered_TKD = gathered_TKD * gate_TK.to(gathered_TKD.dtype)[..., None]
+    return gathered_TKD.sum(1)
+
+
+def down_grad(
+    dy_TD: torch.Tensor, gate_TK: torch.Tensor, rows: Rows, w_down_EDF: torch.Tensor, h_R2F: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward of down-projection, gate weight and SwiGLU from H alone: `dh_R2F`, `gate * a_RF`, `dgate_R`.
+
+    With b = dy @ W_down of the row's token, d(gate) = <b, a>: the expert's output is not needed.
+    """
+    dy_RD = dy_TD[rows.slot_R // rows.row_TK.shape[1]]
+    gate_R = gate_TK.reshape(-1)[rows.slot_R].to(h_R2F.dtype)
+    b_RF = torch.cat([dy_RD[a:b] @ w_down_EDF[e] for e, a, b in rows.spans()])
+    g_RF, u_RF = h_R2F.chunk(2, dim=1)
+    s_RF = torch.sigmoid(g_RF)
+    a_RF = g_RF * s_RF * u_RF
+    da_RF = gate_R[:, None] * b_RF
+    dh_R2F = torch.cat([da_RF * u_RF * s_RF * (1 + g_RF * (1 - s_RF)), da_RF * g_RF * s_RF], dim=1)
+    return dh_R2F, gate_R[:, None] * a_RF, (b_RF * a_RF).sum(1)
+
+
+def weight_grad(left_RM: torch.Tensor, right_RN: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """`dw_EMN`: per expert, left^T @ right over that expert's rows; zero for an expert without rows."""
+    return torch.stack([left_RM[a:b].T @ right_RN[a:b] for _, a, b in rows.spans()])
+
+
+def moe_experts(
+    x_TD: torch.Tensor,
+    expert_TK: torch.Tensor,
+    gate_TK: torch.Tensor,
+    w_gate_up_E2FD: torch.Tensor,
+    w_down_EDF: torch.Tensor,
+    *,
+    max_rows: int | None = None,
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """y_t = sum over slots k of gate[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = expert[t, k]; differentiable.
+
+    `max_rows` and `deterministic` are accepted for the common signature: this version needs no bound and is
+    deterministic wherever torch's own matmul and indexing are.
+    """
+    rows = sort_rows(expert_TK, w_down_EDF.shape[0])
+    _, a_RF = up_swiglu(x_TD, rows, w_gate_up_E2FD)
+    return combine(grouped_gemm(a_RF, rows, w_down_EDF), rows.row_TK, gate_TK)

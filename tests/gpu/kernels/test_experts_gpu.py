@@ -1,0 +1,102 @@
+"""The expert layer on a GPU against the fp64 reference, with the allocator poisoned by NaN first."""
+
+import pytest
+import torch
+from moetrain_kernels import moe_experts, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# T, D, F, E, K: awkward sizes, then slices of real layers.
+SHAPES = [
+    (1, 64, 32, 4, 2),
+    (77, 136, 72, 5, 3),
+    (300, 200, 104, 130, 6),
+    (515, 520, 264, 3, 2),
+    (2048, 1024, 512, 16, 4),
+    (4096, 2048, 768, 96, 1),
+]
+LIMIT = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
+
+
+def poison() -> None:
+    """Fill the caching allocator's free blocks with NaN, so that anything unwritten is seen."""
+    blocks = [torch.full((n,), float("nan"), device="cuda") for n in (1 << 28, 1 << 24, 1 << 20, 1 << 16, 1 << 12, 512)]
+    del blocks
+
+
+def make(shape, dtype, routing, seed=0):
+    num_t, num_d, num_f, num_e, top_k = shape
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*size, scale=1.0):
+        return (torch.randn(*size, device="cuda", generator=g) * scale).to(dtype)
+
+    expert = torch.rand(num_t, num_e, device="cuda", generator=g).topk(top_k, dim=1).indices
+    if routing == "one":  # every token's first slot goes to the last expert, the other slots are unused
+        expert = torch.full_like(expert, -1)
+        expert[:, 0] = num_e - 1
+    if routing == "holes":
+        expert[torch.rand(num_t, top_k, device="cuda", generator=g) < 0.4] = -1
+    gate = torch.rand(num_t, top_k, device="cuda", generator=g)
+    leaves = [randn(num_t, num_d), gate, randn(num_e, 2, num_f, num_d, scale=num_d**-0.5),
+              randn(num_e, num_d, num_f, scale=num_f**-0.5)]
+    return leaves, expert, randn(num_t, num_d)
+
+
+def run(layer, leaves, expert, dy, **kwargs):
+    x, gate, w_up, w_down = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+    y = layer(x, expert, gate, w_up, w_down, **kwargs)
+    return [y.detach(), *torch.autograd.grad(y, (x, gate, w_up, w_down), dy)]
+
+
+def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("routing", ["uniform", "one", "holes"])
+@pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_fp64(shape, dtype, routing):
+    leaves, expert, dy = make(shape, dtype, routing)
+    poison()
+    got = run(moe_experts, leaves, expert, dy)
+    exact = run(reference.moe_experts, [leaf.double() for leaf in leaves], expert, dy.double())
+    errors = {n: relative(a, b) for n, a, b in zip(("y", "dx", "dgate", "dw_up", "dw_down"), got, exact)}
+    assert all(e <= LIMIT[dtype] for e in errors.values()), errors
+
+
+def test_bound_on_rows_changes_nothing():
+    leaves, expert, dy = make((500, 256, 128, 8, 4), torch.bfloat16, "holes")
+    rows = int((expert >= 0).sum())
+    free = run(moe_experts, leaves, expert, dy)
+    for bound in (rows, rows + 7):
+        poison()
+        assert all(torch.equal(a, b) for a, b in zip(free, run(moe_experts, leaves, expert, dy, max_rows=bound)))
+
+
+def test_repeats_bit_for_bit():
+    leaves, expert, dy = make((4096, 1024, 512, 16, 4), torch.bfloat16, "uniform")
+    first = run(moe_experts, leaves, expert, dy)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(moe_experts, leaves, expert, dy)))
+
+
+def test_no_host_synchronisation():
+    leaves, expert, dy = make((512, 256, 128, 8, 2), torch.bfloat16, "uniform")
+    run(moe_experts, leaves, expert, dy)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(moe_experts, leaves, expert, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_keeps_only_the_pre_activation():
+    num_t, num_d, num_f, num_e, top_k = 8192, 512, 256, 16, 4
+    leaves, expert, _ = make((num_t, num_d, num_f, num_e, top_k), torch.bfloat16, "uniform")
+    x, gate, w_up, w_down = (leaf.requires_grad_() for leaf in leaves)
+    before = torch.cuda.memory_allocated()
+    y = moe_experts(x, expert, gate, w_up, w_down)
+    held = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
+    assert held <= 1.05 * num_t * top_k * 2 * num_f * 2
