@@ -23,11 +23,10 @@ def combine_kernel(y_ptr, row_S, gate_S, part_ptr, dgate_S, out_ptr, N: tl.const
         if WEIGHTED:
             y *= tl.load(gate_S + token * K + k).to(tl.float32)
         total += tl.where(used, y, 0.0)
-        if PARTS > 0:
-            if tl.program_id(1) == 0:
-                p = tl.arange(0, PARTS_POW2)
-                part = tl.load(part_ptr + row * PARTS + p, mask=used & (p < PARTS), other=0.0)
-                tl.store(dgate_S + token * K + k, tl.sum(part).to(dgate_S.dtype.element_ty))
+        if PARTS > 0 and tl.program_id(1) == 0:
+            p = tl.arange(0, PARTS_POW2)
+            part = tl.load(part_ptr + row * PARTS + p, mask=used & (p < PARTS), other=0.0)
+            tl.store(dgate_S + token * K + k, tl.sum(part).to(dgate_S.dtype.element_ty))
     tl.store(out_ptr + token * N + cols, total.to(out_ptr.dtype.element_ty), mask=cols < N)
 
 

@@ -58,7 +58,7 @@ def compiling_for(arch: int, report: list[tuple[str, int]]) -> Iterator[None]:
     with ExitStack() as stack:
         triton.runtime.driver.set_active(_Driver(arch))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        stack.enter_context(mock.patch.object(configs, "device_traits", lambda device: (132, arch)))
+        stack.enter_context(mock.patch.object(configs, "device_traits", return_value=(132, arch)))
         yield
 
 
@@ -69,7 +69,8 @@ def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (
     x_TD = torch.empty(num_tokens, num_d, dtype=dtype)
     gate_TK = torch.empty(num_tokens, top_k)
     expert_TK = torch.zeros(num_tokens, top_k, dtype=torch.int64)
-    weights = (torch.empty(num_experts, 2, num_f, num_d, dtype=dtype), torch.empty(num_experts, num_d, num_f, dtype=dtype))
+    w_up = torch.empty(num_experts, 2, num_f, num_d, dtype=dtype)
+    weights = (w_up, torch.empty(num_experts, num_d, num_f, dtype=dtype))
     config = configs.choose(x_TD, *weights, expert_TK.numel())
     rows = plan.sort_rows(expert_TK, num_experts, config.block_m)
     _, h_R2F = experts.forward(x_TD, rows, gate_TK, *weights, config)
@@ -108,7 +109,8 @@ def main() -> int:
     if launch.interpreting():
         print("TRITON_INTERPRET=1 is set: nothing would be compiled")
         return 1
-    return 0 if all([check(arch) for arch in args.arch]) else 1
+    results = [check(arch) for arch in args.arch]
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":
