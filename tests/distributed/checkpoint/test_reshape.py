@@ -36,6 +36,9 @@ class _Model(nn.Module):
         self.experts = _Experts()
         self.register_buffer("bias_E", torch.randn(EXPERTS))
 
+    def forward(self, x):
+        return self.dense(x)
+
 
 def _shard(model: _Model, replicate: int, ep: int, device: str) -> None:
     """Dense on [dp_replicate, dp_shard], experts on [edp_shard, ep], over the same ranks."""
@@ -87,6 +90,8 @@ def _save(run, layout, device="cpu"):
     pair = _build(0, layout, device)
     _train(*pair, 0, 2)
     saved = _state(*pair)
+    with torch.no_grad():
+        pair[0](torch.zeros(1, WIDTH, device=device))  # an evaluation leaves the root's parameters gathered
     path = CheckpointStore(run).save(2, *pair, {"rank": dist.get_rank()}, {"ep": layout[1]})
     _train(*pair, 2, 4)
     return str(path), saved, _state(*pair)
