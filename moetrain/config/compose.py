@@ -120,11 +120,12 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 
 
 def _offending_key(text: str, overrides: list[str]) -> str | None:
+    given = [override.split("=")[0].lstrip("+~") for override in overrides]
     for pattern in (r"full_key: (\S+)", r"Could not override '([^']+)'", r"No match in the defaults list\. .*'(\S+)'"):
         found = re.search(pattern, text)
         if found and found[1]:
-            return found[1]
-    mentioned = [o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].lstrip("+~") in text]
+            return next((key for key in given if key.startswith(f"{found[1]}.")), found[1])
+    mentioned = [key for key in given if key in text]
     return mentioned[0] if mentioned else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from moetrain.config.model import check_model
 from moetrain.config.schema import Config
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
@@ -28,9 +29,6 @@ AT_LEAST = {
     "train.log_every": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
-    "model.n_layers": 1,
-    "model.d_model": 1,
-    "model.vocab_size": 1,
     "model.moe.n_experts": 0,
 }
 # Legal arithmetic, but the code that runs them is still to come: refused by name rather than ignored.
@@ -57,7 +55,7 @@ def validate(config: Config, world: int) -> Layout:
         if _get(config, key) != only:
             raise _refuse(key, _get(config, key), "is not running yet", only)
     _check_batches(config, layout)
-    _check_attention(config)
+    check_model(config.model)
     if config.model.moe.n_experts:
         _check_experts(config, layout)
     elif layout.ep > 1:
@@ -79,22 +77,8 @@ def _check_batches(config: Config, layout: Layout) -> None:
         raise _refuse("train.micro_batch", train.micro_batch, reason, nearest)
 
 
-def _check_attention(config: Config) -> None:
-    a = config.model.attention
-    _check_choice("model.attention.kind", a.kind, ("gqa", "mla"))
-    _check_choice("model.attention.qk_norm", a.qk_norm, ("none", "head", "full"))
-    if a.n_heads < 1:
-        raise _refuse("model.attention.n_heads", a.n_heads, "is below 1", 1)
-    if a.kind == "gqa" and (a.n_kv_heads < 1 or a.n_heads % a.n_kv_heads):
-        nearest = nearest_divisor(max(a.n_kv_heads, 1), a.n_heads)
-        raise _refuse("model.attention.n_kv_heads", a.n_kv_heads, f"does not divide n_heads={a.n_heads}", nearest)
-
-
 def _check_experts(config: Config, layout: Layout) -> None:
     moe = config.model.moe
-    if not 1 <= moe.top_k <= moe.n_experts:
-        nearest = min(max(moe.top_k, 1), moe.n_experts)
-        raise _refuse("model.moe.top_k", moe.top_k, f"is not between 1 and n_experts={moe.n_experts}", nearest)
     if moe.n_experts % layout.ep:
         legal = [d for d in range(1, layout.world + 1) if layout.world % d == 0 and moe.n_experts % d == 0]
         nearest = min(legal, key=lambda d: abs(d - layout.ep))
@@ -104,11 +88,6 @@ def _check_experts(config: Config, layout: Layout) -> None:
         nearest = max(1, round(moe.d_expert / layout.edp_shard)) * layout.edp_shard
         reason = f"does not divide by the {layout.edp_shard} ranks that shard each expert"
         raise _refuse("model.moe.d_expert", moe.d_expert, reason, nearest)
-    if not 0 <= moe.first_k_dense < config.model.n_layers:
-        reason = f"leaves no MoE layer of {config.model.n_layers}"
-        raise _refuse("model.moe.first_k_dense", moe.first_k_dense, reason, max(0, config.model.n_layers - 1))
-    if moe.every < 1:
-        raise _refuse("model.moe.every", moe.every, "is below 1", 1)
 
 
 def _check_init(config: Config) -> None:

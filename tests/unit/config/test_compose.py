@@ -1,0 +1,72 @@
+"""Every misspelling is an error that names the nearest key; the defaults and every choice of every group compose."""
+
+import subprocess
+import sys
+
+import pytest
+
+from moetrain.config.compose import config_dir, from_yaml, load_config, to_yaml
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ["train.stepz", "train.steps"]),
+        ("trian.steps=3", ["trian.steps", "train.steps"]),
+        ("modle=tiny", ["modle", "model"]),
+        ("model=tinny", ["model=tinny", "'tiny'"]),
+        ("router=sigmoyd", ["router=sigmoyd", "'sigmoid'"]),
+        ("router.top_kk=3", ["router.top_kk", "router.top_k"]),
+        ("parallel.eq=3", ["parallel.eq", "parallel.ep"]),
+        ("balance.switch.coeficient=1", ["balance.switch.coeficient", "balance.switch.coefficient"]),
+        ("+balance.switch.coeficient=1", ["balance.switch.coeficient", "'coefficient'"]),
+        ("++router._target_=moetrain.moe.router.softmax.SoftMax", ["router._target_", "cannot be imported"]),
+        ("+foo=1", ["foo", "no such key"]),
+        ("train.steps=abc", ["train.steps", "'abc'", "Integer"]),
+        ("run.resume", ["run.resume"]),
+    ],
+)
+def test_a_mistake_names_itself_and_the_nearest_key(override, words):
+    with pytest.raises(ValueError) as error:
+        load_config([override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def groups():
+    return [
+        (path.parent.name, path.stem)
+        for path in sorted(config_dir().glob("*/*.yaml"))
+        if path.parent.name not in ("experiment",)
+    ]
+
+
+@pytest.mark.parametrize(("group", "choice"), groups())
+def test_every_choice_of_every_group_composes(group, choice):
+    base = ["model=deepseek_v3"] if choice in ("sigmoid", "deepseek_v3") and group == "router" else []
+    config = load_config([*base, f"{group}={choice}"])
+    assert config.run.dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("choice", sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml")))
+def test_every_experiment_composes_and_the_command_line_wins(choice):
+    assert load_config([f"experiment={choice}", "train.steps=7"]).train.steps == 7
+
+
+def test_a_preset_brings_its_router_and_the_command_line_wins():
+    assert load_config(["model=deepseek_v3"]).router["n_groups"] == 8
+    assert "n_groups" not in load_config(["model=deepseek_v3", "router=softmax"]).router
+    assert load_config(["model=deepseek_v3", "balance=none"]).balance == {}
+
+
+def test_the_stored_configuration_reads_back_equal(tmp_path):
+    config = load_config(["model=olmoe_1b_7b", "train.steps=9", "balance=[bias]"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_the_schema_needs_no_torch():
+    code = "import sys, moetrain.config.schema, moetrain.config.validate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
