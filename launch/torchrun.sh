@@ -33,6 +33,8 @@ options=(
 )
 [[ -n ${LOCAL_ADDR:-} ]] && options+=(--local-addr "$LOCAL_ADDR")
 
+# A restart must not meet the addresses that the failed attempt left in the rendezvous' store (pytorch#135712, #167288).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-300}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${PYTHON:-python}" -m torch.distributed.run "${options[@]}" -m "${MODULE:-moetrain}" train "$@"

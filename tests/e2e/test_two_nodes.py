@@ -15,10 +15,22 @@ pytestmark = pytest.mark.e2e
 
 REPOSITORY = Path(__file__).parents[2]
 
+# Rank 1 dies once, in the middle of a collective; the launcher must bring both ranks together again.
 STUB = """
 import json, os, pathlib, sys
-seen = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")}
-pathlib.Path(sys.argv[2], "rank" + seen["RANK"]).write_text(json.dumps({**seen, "argv": sys.argv[1:]}))
+import torch, torch.distributed as dist
+
+out = pathlib.Path(sys.argv[2])
+dist.init_process_group("gloo")
+died = out / "died"
+if dist.get_rank() == 1 and not died.exists():
+    died.touch()
+    os._exit(9)
+total = torch.ones(())
+dist.all_reduce(total)
+seen = {"rank": dist.get_rank(), "node": os.environ["NODE_RANK"], "total": total.item(), "argv": sys.argv[1:]}
+(out / f"rank{dist.get_rank()}").write_text(json.dumps(seen))
+dist.destroy_process_group()
 """
 
 
@@ -70,16 +82,17 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_nodes_meet(tmp_path):
+def test_two_nodes_meet_again_after_a_failure(tmp_path):
     (tmp_path / "stub.py").write_text(STUB)
     out = tmp_path / "out"
     out.mkdir()
-    run_two_nodes(tmp_path, [str(out), "parallel.ep=2", "x=[a, b]"], seconds=60, MODULE="stub")
+    arguments = [str(out), "parallel.ep=2", "x=[a, b]"]
+    run_two_nodes(tmp_path, arguments, seconds=120, MODULE="stub", MAX_RESTARTS="2")
+    assert (out / "died").exists()
     ranks = [json.loads((out / f"rank{rank}").read_text()) for rank in (0, 1)]
-    assert [rank["WORLD_SIZE"] for rank in ranks] == ["2", "2"]
-    assert sorted(rank["GROUP_RANK"] for rank in ranks) == ["0", "1"]  # not two groups of one node each
-    assert ranks[0]["MASTER_ADDR"] == ranks[1]["MASTER_ADDR"]
-    assert ranks[0]["argv"] == ranks[1]["argv"] == ["train", str(out), "parallel.ep=2", "x=[a, b]"]
+    assert sorted(rank["node"] for rank in ranks) == ["0", "1"]  # not two groups of one node each
+    assert [rank["total"] for rank in ranks] == [2.0, 2.0]
+    assert ranks[0]["argv"] == ranks[1]["argv"] == ["train", *arguments]
 
 
 def test_two_nodes_train_together(tmp_path):
