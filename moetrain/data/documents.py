@@ -31,7 +31,8 @@ class DocumentReader:
 
     def __init__(self, where: str, config: SourceConfig, tokenizer: Tokenizer) -> None:
         self.where = where
-        self._tokenizer = tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         self._column = config.ids_column or config.text_column
         self._is_ids = bool(config.ids_column)
         self._mask_column = config.mask_column
@@ -101,9 +102,9 @@ class DocumentReader:
         self, shard: Shard, named: list[tuple[str, int, dict[str, Any]]], texts: list[str]
     ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         if not self._mask_column:
-            return self._tokenizer.encode(texts), [None] * len(texts)
+            return self.tokenizer.encode(texts), [None] * len(texts)
         encoded, masks = [], []
-        for (_, number, row), text, (ids_N, span_N2) in zip(named, texts, self._tokenizer.spans(texts)):
+        for (_, number, row), text, (ids_N, span_N2) in zip(named, texts, self.tokenizer.spans(texts)):
             mask_C = self._mask(shard, number, row, len(text))
             assert mask_C is not None
             # A token is learnt only when all of its characters are: nothing masked leaks in through a straddling token.
@@ -118,14 +119,14 @@ class DocumentReader:
         if not isinstance(value, (list, np.ndarray)):
             raise self._error(shard, number, value, f"in column {self._column!r} is not a list of token ids")
         ids_N = _integers(value)
-        size = self._tokenizer.vocab_size
+        size = self.tokenizer.vocab_size
         if ids_N is not None and (len(ids_N) == 0 or (ids_N.min() >= 0 and ids_N.max() < size)):
             return ids_N
         for i in value:  # something is wrong with one of them: which
             if isinstance(i, bool) or not isinstance(i, (int, np.integer)):
                 raise self._error(shard, number, i, f"in column {self._column!r} is not a token id")
             if not 0 <= i < size:
-                problem = f"is outside the vocabulary of data.tokenizer={self._tokenizer.name!r}, [0, {size})"
+                problem = f"is outside the vocabulary of data.tokenizer={self.tokenizer.name!r}, [0, {size})"
                 raise self._error(shard, number, i, f"in column {self._column!r} {problem}")
         raise AssertionError("a list of good ids was refused")
 
@@ -144,9 +145,9 @@ class DocumentReader:
 
     def _end(self, document: Document) -> Document:
         """The end token after the last one; it is learnt where the last token is."""
-        if document.ids_N[-1] == self._tokenizer.eos_id:
+        if document.ids_N[-1] == self.tokenizer.eos_id:
             return document
-        ids_N = np.append(document.ids_N, self._tokenizer.eos_id)
+        ids_N = np.append(document.ids_N, self.tokenizer.eos_id)
         mask_N = document.mask_N
         if mask_N is not None:
             mask_N = np.append(mask_N, mask_N[-1])

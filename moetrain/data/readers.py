@@ -171,7 +171,7 @@ def _hub(where: str, config: SourceConfig) -> Source:
     shards = [
         Shard(f"{config.path}/{config.split}/{i}", partial(loaded.shard, num_shards=n, index=i)) for i in range(n)
     ]
-    return Source(shards, [[config.path, config.subset, config.split, n]], [])
+    return Source(shards, [[f"{config.path}/{config.subset}/{config.split}/{n}", 0]], [])
 
 
 def _mapped(config: SourceConfig, dataset: Any) -> Source:

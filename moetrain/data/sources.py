@@ -9,13 +9,13 @@ from typing import Protocol
 
 from moetrain.config.data import DataConfig, SourceConfig
 from moetrain.data.batch import Row
+from moetrain.data.build import cached_stores, store_directory
 from moetrain.data.documents import DocumentReader
 from moetrain.data.hashing import place
 from moetrain.data.readers import Source, open_source
 from moetrain.data.rows import MappedRows, RowSource, read_row
 from moetrain.data.store import TokenStore
 from moetrain.data.stream import StreamRows, first_rows
-from moetrain.data.tokenize import cached_stores, store_directory
 from moetrain.data.tokenizer import Tokenizer
 
 

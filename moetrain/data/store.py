@@ -91,6 +91,27 @@ class StoreWriter:
         self._shards.append({"tokens": self._offsets[-1], "documents": len(self._offsets) - 1})
 
 
+def merge_stores(parts: list[Path], directory: Path) -> dict[str, Any]:
+    """Moves the files of written stores, in order, into one new store and returns its meta; the parts are used up."""
+    directory.mkdir(parents=True)
+    metas = [json.loads((part / META).read_text()) for part in parts]
+    number = 0
+    for part, meta in zip(parts, metas):
+        for i in range(len(meta["shards"])):
+            for file in part.glob(f"{i:05d}.*"):
+                file.rename(directory / f"{number:05d}{file.suffix}")
+            number += 1
+    merged = metas[0] | {
+        "shards": [shard for meta in metas for shard in meta["shards"]],
+        "tokens": sum(meta["tokens"] for meta in metas),
+        "documents": sum(meta["documents"] for meta in metas),
+        "max_id": max(meta["max_id"] for meta in metas),
+        "content": hashlib.sha256("".join(meta["content"] for meta in metas).encode()).hexdigest(),
+    }
+    (directory / META).write_text(json.dumps(merged, indent=1) + "\n")
+    return merged
+
+
 class TokenStore:
     """The concatenation of a store's documents, memory-mapped. Safe to read from several threads.
 

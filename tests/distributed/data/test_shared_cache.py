@@ -1,4 +1,4 @@
-"""Several ranks open one source at once: one of them tokenises it, all of them read the same."""
+"""Several processes at one store: ranks that open one source at once, and workers that tokenise it together."""
 
 import json
 import multiprocessing
@@ -6,7 +6,10 @@ import multiprocessing
 import pytest
 
 from moetrain.config.data import SourceConfig
-from moetrain.data import tokenize
+from moetrain.data import build
+from moetrain.data.documents import DocumentReader
+from moetrain.data.hashing import place
+from moetrain.data.readers import open_source
 from moetrain.data.store import TokenStore
 from moetrain.data.tokenizer import ByteTokenizer
 
@@ -15,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 def _rank(path, cache, barrier, results):
     barrier.wait()
-    target = tokenize.cached_stores("x", SourceConfig(kind="jsonl", path=path), ByteTokenizer(), 5.0, cache)
+    target = build.cached_stores("x", SourceConfig(kind="jsonl", path=path), ByteTokenizer(), 5.0, cache)
     store = TokenStore(target / "train", "x")
     results.put((str(target), store.content, (target / "train").stat().st_ino))
 
@@ -34,3 +37,22 @@ def test_ranks_that_start_together_share_one_store(tmp_path):
     assert len(answers) == 1
     assert all(rank.exitcode == 0 for rank in ranks)
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]  # no leftovers
+
+
+def test_workers_write_what_one_process_writes(tmp_path):
+    for i in range(5):
+        lines = (json.dumps({"text": f"document {i} {j}"}) + "\n" for j in range(40))
+        (tmp_path / f"{i}.jsonl").write_text("".join(lines))
+    config = SourceConfig(kind="jsonl", path=str(tmp_path))
+    reader, source = DocumentReader("x", config, ByteTokenizer()), open_source("x", config)
+    metas = []
+    for workers in (0, 2):
+        plan = build.StorePlan(20.0, shard_tokens=300, group_bytes=2500, workers=workers)
+        metas.append(build.write_stores(reader, source, tmp_path / f"out{workers}", plan))
+        assert sorted(p.name for p in (tmp_path / f"out{workers}").iterdir()) == ["train", "validation"]
+    assert metas[0] == metas[1]
+    stores = [TokenStore(tmp_path / f"out{workers}" / "train", "x") for workers in (0, 2)]
+    tokens = [store.read(0, store.tokens)[0] for store in stores]
+    assert tokens[0].tolist() == tokens[1].tolist()
+    documents = [d for shard in source.shards for d in reader.read(shard) if place(d.name) >= 0.2]
+    assert tokens[0].tolist() == [int(i) for d in documents for i in d.ids_N]

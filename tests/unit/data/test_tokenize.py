@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moetrain.config.data import DataConfig, SourceConfig
-from moetrain.data import tokenize
+from moetrain.data import build, tokenize
 from moetrain.data.loader import Loader
 from moetrain.data.store import TokenStore
 from moetrain.data.tokenizer import ByteTokenizer
@@ -144,22 +144,22 @@ def test_the_cache_is_used_and_notices_a_change(tmp_path, write_jsonl, texts, mo
     config = SourceConfig(kind="jsonl", path=path)
 
     def cached():
-        return tokenize.cached_stores("x", config, ByteTokenizer(), 5.0, tmp_path / "cache")
+        return build.cached_stores("x", config, ByteTokenizer(), 5.0, tmp_path / "cache")
 
     first = cached()
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "write_stores", None)  # would fail if it were called
+        patch.setattr(build, "write_stores", None)  # would fail if it were called
         config.weight = 3.0
         assert cached() == first
-    write_jsonl([{"text": t + "."} for t in texts])
+    write_jsonl([{"text": t.swapcase()} for t in texts])  # as many bytes as before
     assert cached() != first
 
 
 def test_a_lost_race_takes_the_winners_store(tmp_path):
     target = tmp_path / "store"
-    with tokenize._fresh_directory(target) as late:
+    with build.fresh_directory(target) as late:
         (late / "mine").touch()
-        with tokenize._fresh_directory(target) as winner:
+        with build.fresh_directory(target) as winner:
             (winner / "theirs").touch()
     assert [p.name for p in target.iterdir()] == ["theirs"]
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
