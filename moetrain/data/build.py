@@ -1,7 +1,7 @@
 """Tokenises a source once into token stores: `train/` and `validation/` under one directory, in the cache or elsewhere.
 
 Memory is bounded by a batch of documents a process. Input files are taken in groups of about a gigabyte, each written
-as shards of its own by any process; how they are grouped does not depend on the number of processes, nor does the result.
+as shards of its own by any process; their grouping does not depend on the number of processes, nor does the result.
 """
 
 from __future__ import annotations
