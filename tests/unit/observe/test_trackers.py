@@ -197,7 +197,11 @@ def test_wandb_offline_keeps_the_rows_under_the_run(tmp_path, monkeypatch, caplo
     run_id = (tmp_path / "wandb_id").read_text()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert run_id in file.name
-    assert _history(file) == [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]
+    expected = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]
+    deadline = time.monotonic() + 20  # wandb's own process may write the last records after `finish` returned
+    while _history(file) != expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _history(file) == expected
 
 
 def _history(file):
@@ -208,8 +212,10 @@ def _history(file):
     wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     content, offset, rows = file.read_bytes(), 7, []
     assert len(content) < 32768
-    while offset < len(content):
+    while offset + 7 <= len(content):
         _crc, length, kind = struct.unpack_from("<IHB", content, offset)
+        if offset + 7 + length > len(content):
+            break  # still being written
         assert kind == 1, "a split record"
         record = wandb_internal_pb2.Record.FromString(content[offset + 7 : offset + 7 + length])
         offset += 7 + length
