@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,16 @@ def _typed(kind: type, values: dict[str, Any], prefix: str) -> Any:
         if name == "source":
             value = _typed(SourceConfig, value, "source.")
         else:
-            wanted = type(fields[name].default)
-            if not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
-                raise ValueError(f"{prefix}{name}={value!r} is not of type {wanted.__name__}")
+            value = _converted(f"{prefix}{name}", value, type(fields[name].default))
         typed[name] = value
     return kind(**typed)
+
+
+def _converted(key: str, value: Any, wanted: type) -> Any:
+    """`value` as a `wanted`: the command line's are strings."""
+    if wanted is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if wanted in (int, float, str) and not isinstance(value, (bool, dict, list)):
+        with contextlib.suppress(ValueError, TypeError):
+            return wanted(value)
+    raise ValueError(f"{key}={value!r} is not of type {wanted.__name__}")

@@ -32,7 +32,8 @@ def _tokens(loader):
 def options(write_jsonl, texts, tmp_path):
     path = write_jsonl([{"text": t} for t in texts])
     out = str(tmp_path / "made" / "store")
-    return {"source": {"kind": "jsonl", "path": path}, "out": out, "shard_tokens": 500, "validation_percent": 20}
+    # Numbers as the command line gives them.
+    return {"source": {"kind": "jsonl", "path": path}, "out": out, "shard_tokens": "500", "validation_percent": "20"}
 
 
 def test_training_on_shards_equals_training_on_their_source(options, tmp_path, capsys):
@@ -118,7 +119,9 @@ def test_shards_of_another_tokenizer_or_with_a_wrong_id_are_refused(options, tmp
         ({"source": {"knd": "jsonl"}}, "source.knd is not a key of tokenize; did you mean 'kind'"),
         ({"source": {"kind": "shards", "path": "x"}}, "source.kind=shards is tokenised already"),
         ({"shard_tokens": "many"}, "shard_tokens='many' is not of type int"),
-        ({"validation_percent": 100}, "validation_percent=100 is outside"),
+        ({"workers": "-1"}, "workers=-1 is negative"),
+        ({"source": {"streaming": "maybe"}}, r"source\.streaming='maybe' is not of type bool"),
+        ({"validation_percent": 100}, r"validation_percent=100\.0 is outside"),
     ],
 )
 def test_bad_keys(change, message, options):
