@@ -12,6 +12,9 @@ from moetrain.comm.start import start_distributed, stop_distributed, world_size
 from moetrain.config.compose import load_config
 from moetrain.config.schema import Config
 from moetrain.config.validate import validate
+from moetrain.model.build import build_model
+from moetrain.observe.trackers.build import build_trackers
+from moetrain.optim.build import build_optimizer
 from moetrain.trainer import Trainer
 
 
@@ -19,6 +22,7 @@ def train(overrides: list[str]) -> None:
     """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
     config = load_config(overrides)
     layout = validate(config, world_size())
+    rehearse(config)
     set_determinism(config)
     device = start_distributed()
     try:
@@ -29,6 +33,14 @@ def train(overrides: list[str]) -> None:
             trainer.close()
     finally:
         stop_distributed()
+
+
+def rehearse(config: Config) -> None:
+    """Build every plugin once without storage, so that a value one of them refuses is refused before ranks start."""
+    with torch.device("meta"):
+        build_model(config, "cuda" if torch.cuda.device_count() else "cpu")
+    build_optimizer(config.optim, [("weight", torch.nn.Parameter(torch.zeros(1, 1)))])
+    build_trackers(config.tracker)
 
 
 def set_determinism(config: Config) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
 from moetrain.checkpoint.agree import on_rank0
@@ -29,6 +28,7 @@ from moetrain.observe.reduce import StepSums, reduce_step
 from moetrain.observe.run_log import RunLog
 from moetrain.observe.throughput import Throughput
 from moetrain.optim.adamw import fill_missing_gradients
+from moetrain.optim.build import build_optimizer
 from moetrain.optim.clip import check_finite, clip_, grad_norm
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
@@ -57,9 +57,7 @@ class Trainer:
             if isinstance(module, MoELayer)
         }
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optim = dict(config.optim)
-        self.schedule = instantiate(optim.pop("schedule"))
-        self.optimizer = instantiate(optim, named_parameters=list(self.model.named_parameters()))
+        self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
         self.step = self._restore()
         self.log = RunLog(config, self.run_dir, self.rank0)
         flops = flops_per_token(config.model, config.train.seq_len)

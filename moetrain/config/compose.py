@@ -6,10 +6,7 @@ A wrong key never passes silently: the error names it and the nearest key that e
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moetrain.config.plugins import check_options, nearest
 from moetrain.config.schema import Config
 
 PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
@@ -62,7 +60,7 @@ def to_config(composed: DictConfig) -> Config:
         raise ValueError(_explain(error, [])) from None
     assert isinstance(config, Config)
     for group in PLUGIN_GROUPS:
-        check_plugin(group, getattr(config, group))
+        check_options(group, getattr(config, group))
     return config
 
 
@@ -78,43 +76,18 @@ def from_yaml(path: Path) -> Config:
     return to_config(loaded)
 
 
-def check_plugin(where: str, node: dict[str, Any]) -> None:
-    """Check that every `_target_` under `node` exists and takes the options it is given."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            check_plugin(f"{where}.{key}", value)
-    if "_target_" not in node:
-        return
-    parameters = inspect.signature(resolve(where, node["_target_"])).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for key in node:
-        is_plugin = isinstance(node[key], dict) and "_target_" in node[key]  # built by whoever builds this one
-        if not key.startswith("_") and key not in parameters and not is_plugin:
-            raise ValueError(f"{where}.{key}: {node['_target_']} has no such option{_nearest(key, list(parameters))}")
-
-
-def resolve(where: str, target: str) -> Any:
-    """The object a dotted `_target_` names. Raises ValueError when there is none."""
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{where}._target_={target!r} cannot be imported: {error}") from None
-
-
 def _explain(error: Exception, overrides: list[str]) -> str:
     """One sentence for a user out of Hydra's several."""
     text = f"{error}\n{error.__cause__ or ''}"
     group = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if group:
         options = sorted(p.stem for p in (config_dir() / group[1]).glob("*.yaml"))
-        return f"{group[1]}={group[2]}: no such choice{_nearest(group[2], options)}; choices: {', '.join(options)}"
+        return f"{group[1]}={group[2]}: no such choice{nearest(group[2], options)}; choices: {', '.join(options)}"
     key = _offending_key(text, overrides)
     if key is None:
         return text.splitlines()[0]
     if "not in struct" in text or "Could not override" in text or "' not in '" in text or "not found" in text.lower():
-        return f"{key}: no such key{_nearest(key, known_keys())}"
+        return f"{key}: no such key{nearest(key, known_keys())}"
     why = str(error.__cause__ or error).splitlines()[0]
     return f"{key}: {why}"
 
@@ -127,11 +100,6 @@ def _offending_key(text: str, overrides: list[str]) -> str | None:
             return next((key for key in given if key.startswith(f"{found[1]}.")), found[1])
     mentioned = [key for key in given if key in text]
     return mentioned[0] if mentioned else None
-
-
-def _nearest(key: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def known_keys() -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from hydra.utils import instantiate
 from torch import nn
 
+from moetrain.config.plugins import build_plugin
 from moetrain.config.schema import Config
 from moetrain.model.decoder import Decoder
+from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.experts.module import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.shared import SharedExperts
@@ -17,7 +16,7 @@ from moetrain.moe.shared import SharedExperts
 
 def build_model(config: Config, device_type: str) -> Decoder:
     """The whole model, on torch's current default device: put `torch.device("meta")` around it for a large one."""
-    backend: Any = None
+    backend: ExpertBackend | None = None
 
     def build_moe(layer: int) -> nn.Module:
         nonlocal backend
@@ -25,17 +24,18 @@ def build_model(config: Config, device_type: str) -> Decoder:
         if backend is None:  # one for all layers: choosing may time candidates, and the choice is printed once
             backend = build_backend(config, device_type)
         with torch.device("cpu"):  # a plugin's buffers start with values, which the meta device would lose
-            balance = {name: instantiate(node, n_experts=moe.n_experts) for name, node in config.balance.items()}
+            balance = {
+                name: build_plugin(f"balance.{name}", node, n_experts=moe.n_experts)
+                for name, node in config.balance.items()
+            }
         shared = SharedExperts(model.d_model, moe.d_shared, moe.shared_gate) if moe.d_shared else None
-        router = instantiate(config.router, d_model=model.d_model, n_experts=moe.n_experts)
+        router = build_plugin("router", config.router, d_model=model.d_model, n_experts=moe.n_experts)
         return MoELayer(router, Experts(moe.n_experts, model.d_model, moe.d_expert, backend), balance, shared)
 
     return Decoder(config.model, build_moe, documents=config.data.documents == "stop")
 
 
-def build_backend(config: Config, device_type: str) -> Any:
-    """The expert backend of `experts=`. Builders that choose take the precision and device; fixed ones take nothing."""
-    node = dict(config.experts)
-    if node["_target_"].rpartition(".")[2] == "build":
-        node |= {"precision": config.train.precision, "device_type": device_type}
-    return instantiate(node)
+def build_backend(config: Config, device_type: str) -> ExpertBackend:
+    """The expert backend of `experts=` for this run's shapes, precision, and device."""
+    shapes = {"d_model": config.model.d_model, "d_expert": config.model.moe.d_expert}
+    return build_plugin("experts", config.experts, precision=config.train.precision, device_type=device_type, **shapes)

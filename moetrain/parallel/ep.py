@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from hydra.utils import instantiate
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from moetrain.config.plugins import build_plugin
 from moetrain.mesh.build import Meshes
 from moetrain.moe.layer import MoELayer
 
@@ -26,6 +26,6 @@ def apply_ep(model: nn.Module, meshes: Meshes, dispatch: dict) -> None:
             )
             divided = DTensor.from_local(block, meshes.ep, [Shard(0)], run_check=False)
             layer.experts.register_parameter(name, nn.Parameter(divided))
-        layer.dispatcher = instantiate(dispatch, n_experts=n_experts, group=group)
+        layer.dispatcher = build_plugin("dispatch", dispatch, n_experts=n_experts, group=group)
         for plugin in layer.plugins().values():
             plugin.tokens = meshes.tokens

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from moetrain.moe.experts import grouped_mm, reference
 from moetrain.moe.experts.base import ExpertBackend
-from moetrain.moe.experts.grouped_mm import GroupedMMExperts
-from moetrain.moe.experts.reference import ReferenceExperts
 
 
-def build(precision: str, device_type: str) -> ExpertBackend:
-    """grouped_mm for bf16 on a GPU, where it runs as one kernel; reference everywhere else."""
-    if device_type == "cuda" and precision == "bf16":
-        return GroupedMMExperts()
-    return ReferenceExperts()
+def build(precision: str, device_type: str, d_model: int, d_expert: int) -> ExpertBackend:
+    """grouped_mm for bf16 on a GPU, where it is one kernel, if it takes these widths; reference everywhere else."""
+    if device_type == "cuda" and precision == "bf16" and d_model % 8 == 0 and d_expert % 8 == 0:
+        return grouped_mm.build(precision, device_type, d_model, d_expert)
+    return reference.build(precision, device_type, d_model, d_expert)

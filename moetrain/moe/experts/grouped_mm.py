@@ -29,3 +29,20 @@ class GroupedMMExperts:
         a_NF = (F.silu(h_N2F[:, 0]) * h_N2F[:, 1] * gate_N1).masked_fill(unused_N1, 0.0)
         y_ND = F.grouped_mm(a_NF, w_down_EDF.transpose(-2, -1), offs=offset_E).masked_fill(unused_N1, 0.0)
         return reorder(y_ND, place_N, order_N).view(*expert_TK.shape, x_TD.shape[1]).sum(1)
+
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def build(precision: str, device_type: str, d_model: int, d_expert: int) -> GroupedMMExperts:
+    """Raises ValueError for what torch's kernel cannot take: fp64, and rows that are not multiples of 16 bytes."""
+    if precision not in ITEM_BYTES:
+        raise ValueError(f"experts=grouped_mm with train.precision={precision}; nearest legal value: experts=reference")
+    step = 16 // ITEM_BYTES[precision]
+    for key, width in (("model.d_model", d_model), ("model.moe.d_expert", d_expert)):
+        if width % step:
+            nearest = max(step, round(width / step) * step)
+            raise ValueError(
+                f"{key}={width} is not a multiple of 16 bytes for experts=grouped_mm; nearest legal value: {nearest}"
+            )
+    return GroupedMMExperts()

@@ -21,3 +21,8 @@ class ReferenceExperts:
             weighted_ND = y_ND * gate_TK[token_N, slot_N, None].to(y_ND.dtype)
             y_TD = y_TD.index_add(0, token_N, weighted_ND)
         return y_TD
+
+
+def build(precision: str, device_type: str, d_model: int, d_expert: int) -> ReferenceExperts:
+    """Runs everywhere."""
+    return ReferenceExperts()

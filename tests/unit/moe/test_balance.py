@@ -28,11 +28,11 @@ def route(rows=3, length=8, padding=2, seed=0, bias=None):
 def switch_by_hand(routing: Routing, tokens: list[int]) -> float:
     f, p = [0.0] * E, [0.0] * E
     for t in tokens:
-        best = sorted(range(E), key=lambda e: -float(routing.balance_TE[t, e]))[:K]
+        best = sorted(range(E), key=lambda e: -routing.balance_TE[t, e].item())[:K]
         for e in best:
             f[e] += 1 / (K * len(tokens))
         for e in range(E):
-            p[e] += float(routing.balance_TE[t, e]) / len(tokens)
+            p[e] += routing.balance_TE[t, e].item() / len(tokens)
     return E * sum(a * b for a, b in zip(f, p))
 
 

@@ -1,0 +1,56 @@
+"""Build what a YAML's `_target_` names. Concrete plugins are named nowhere else but in tests."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+
+def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:
+    """Call the node's `_target_` with its options and with `runtime`, which the caller knows (shapes, groups).
+
+    where: the node's key in the configuration, for messages. Raises ValueError for options that are unknown, missing,
+    or refused by the plugin itself.
+    """
+    check_options(where, node)
+    target = resolve(where, node["_target_"])
+    options = {key: value for key, value in node.items() if key != "_target_"}
+    try:
+        inspect.signature(target).bind(**options, **runtime)
+    except TypeError as error:
+        raise ValueError(f"{where}: {node['_target_']}: {error}") from None
+    return target(**options, **runtime)
+
+
+def check_options(where: str, node: Mapping[str, Any]) -> None:
+    """Check, without calling it, that `_target_` exists and takes the options it is given; nested plugins too."""
+    nested = {key: value for key, value in node.items() if isinstance(value, Mapping)}
+    for key, value in nested.items():
+        check_options(f"{where}.{key}", value)
+    if "_target_" not in node:
+        return
+    parameters = inspect.signature(resolve(where, node["_target_"])).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in node:
+        built_elsewhere = key in nested and "_target_" in nested[key]
+        if key != "_target_" and key not in parameters and not built_elsewhere:
+            raise ValueError(f"{where}.{key}: {node['_target_']} has no such option{nearest(key, list(parameters))}")
+
+
+def resolve(where: str, target: str) -> Any:
+    """The object a dotted `_target_` names. Raises ValueError when there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}._target_={target!r} cannot be imported: {error}") from None
+
+
+def nearest(key: str, options: list[str]) -> str:
+    """A "did you mean" for the option closest to `key`, or nothing."""
+    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
