@@ -26,7 +26,7 @@ class SafeTracker:
     queue and the tracker's own `finish`, then leaves the thread to die with the process.
     """
 
-    def __init__(self, tracker: Tracker, name: str, capacity: int = 1000, finish_timeout: float = 30.0) -> None:
+    def __init__(self, tracker: Tracker, name: str, capacity: int = 1000, finish_timeout: float = 20.0) -> None:
         self.name = name
         self.dropped = 0
         self._tracker = tracker

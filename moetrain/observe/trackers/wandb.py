@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import uuid
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+
+logger = logging.getLogger("moetrain.observe")
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -16,8 +19,8 @@ class WandbTracker:
     """mode: online | offline | disabled | auto (WANDB_MODE when set; else online when a key is at hand, or offline).
 
     The run's id is kept in RUN/wandb_id, so a resumed run continues the same one; rows past the restored step appear
-    twice there, plotted over the metric `step`. finish_timeout: seconds to wait for uploads at the end; what is not
-    uploaded by then stays on disk.
+    twice there, plotted over the metric `step`. A server that does not answer at the start makes it an offline run.
+    finish_timeout: seconds to wait for uploads at the end; what is not uploaded by then stays on disk.
     """
 
     def __init__(
@@ -27,7 +30,7 @@ class WandbTracker:
         group: str | None = None,
         tags: list[str] | None = None,
         mode: str = "auto",
-        finish_timeout: float = 25.0,
+        finish_timeout: float = 15.0,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"tracker.wandb.mode is {mode!r}; it can be {', '.join(MODES)}")
@@ -38,24 +41,30 @@ class WandbTracker:
         self._run: Any = None
 
     def start(self, run_dir: Path, name: str, config: dict[str, Any]) -> None:
+        from wandb.errors import CommError
+
+        mode, run_id = resolve_mode(self._mode), _run_id(run_dir)
+        shared = {"dir": str(run_dir), "name": name, "config": config}
+        try:
+            self._run = self._init(mode=mode, id=run_id, **shared)
+        except CommError as error:
+            if mode != "online":
+                raise
+            why = str(error).splitlines()[0]
+            logger.warning("tracker wandb: the server does not answer (%s); keeping this run offline", why)
+            # The id of the failed attempt cannot be used again in this process.
+            self._run = self._init(mode="offline", id=f"{run_id}-{uuid.uuid4().hex[:4]}", **shared)
+        self._run.define_metric("*", step_metric="step")
+
+    def _init(self, mode: str, **options: Any) -> Any:
         import wandb
 
-        mode = resolve_mode(self._mode)
         # Captured output would fight with the live console; an unanswered server must not hold the process.
-        settings: dict[str, Any] = {"console": "off", "quiet": True, "init_timeout": 60}
+        settings: dict[str, Any] = {"console": "off", "quiet": True, "init_timeout": 30}
         if "finish_timeout" in wandb.Settings.model_fields:  # newer than our lower bound
             settings["finish_timeout"] = self._finish_timeout
-        self._run = wandb.init(
-            **self._options,
-            dir=str(run_dir),
-            name=name,
-            id=_run_id(run_dir),
-            resume=None if mode == "offline" else "allow",  # offline segments merge by id when they are synced
-            config=config,
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(**settings),
-        )
-        self._run.define_metric("*", step_metric="step")
+        options["resume"] = None if mode == "offline" else "allow"  # offline segments merge by id when they are synced
+        return wandb.init(settings=wandb.Settings(**settings), **self._options, **{**options, "mode": mode})
 
     def log(self, row: dict[str, Any], step: int) -> None:
         self._run.log({**{key: value for key, value in row.items() if value is not None}, "step": step})

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -202,6 +203,27 @@ def test_wandb_offline_keeps_the_rows_under_the_run(tmp_path, monkeypatch, caplo
     while _history(file) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _history(file) == expected
+
+
+def test_wandb_goes_offline_when_its_server_does_not_answer(tmp_path, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+    tried = []
+
+    def init(mode, id, **options):
+        tried.append((mode, id))
+        if mode == "online":
+            raise wandb.errors.CommError("connection refused\nmore")
+        return SimpleNamespace(define_metric=lambda *args, **kwargs: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    tracker = WandbTracker(mode="online")
+    with caplog.at_level(logging.WARNING, logger="moetrain.observe"):
+        tracker.start(tmp_path, "run", {})
+    assert [mode for mode, _ in tried] == ["online", "offline"]
+    assert tried[0][1] != tried[1][1]  # wandb refuses an id twice in one process
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracker wandb: the server does not answer (connection refused); keeping this run offline"
+    ]
 
 
 def _history(file):
