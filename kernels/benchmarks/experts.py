@@ -11,6 +11,7 @@ against fp64. The reference is what is compared with, not what is timed.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
 import backends
@@ -51,13 +52,32 @@ def memory(layer: Callable, inputs: tuple[torch.Tensor, ...], w: tuple[torch.Ten
     return held / MIB, (torch.cuda.max_memory_allocated() - before) / MIB
 
 
+def profile(layer: Callable, sets: list[tuple[torch.Tensor, ...]], w: tuple[torch.Tensor, ...]) -> None:
+    """Print the device milliseconds of each kernel in one step, and the host's milliseconds to launch it."""
+    repeats = 10
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as trace:
+        for i in range(repeats):
+            step(layer, sets[i % 3], w)
+        torch.cuda.synchronize()
+    for event in sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)[:16]:
+        ms = event.self_device_time_total / 1e3 / repeats
+        print(f"      {event.key[:60]:60s} {event.count / repeats:4.1f} x  {ms:7.3f} ms", flush=True)
+    start = time.perf_counter()
+    for i in range(repeats):
+        step(layer, sets[i % 3], w)
+    host = (time.perf_counter() - start) * 1e3 / repeats
+    torch.cuda.synchronize()
+    print(f"      host {host:.3f} ms per step", flush=True)
+
+
 def worst_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
     """Largest relative L2 error; NaN if anything is."""
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want)]
     return max(errors, key=lambda e: (e != e, e))
 
 
-def measure(shape: Shape, zipf: float, names: list[str], check: bool) -> None:
+def measure(shape: Shape, zipf: float, names: list[str], check: bool, with_profile: bool) -> None:
     """Print the rows of one shape and routing."""
     limit = dense_limit_ms(shape)["all"]
     print(f"\n{shape}  zipf {zipf}  dense limit {limit:.3f} ms", flush=True)
@@ -81,6 +101,8 @@ def measure(shape: Shape, zipf: float, names: list[str], check: bool) -> None:
             continue
         print(f"  {name:22s} {ms:8.3f} ms  {ms / limit:5.2f} x limit  held {held:7.0f} MiB  peak {peak:7.0f} MiB  "
               f"error {error:.1e}", flush=True)
+        if with_profile:
+            profile(layer, sets, w)
 
 
 def main() -> None:
@@ -89,12 +111,13 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=list(backends.BACKENDS), choices=list(backends.BACKENDS))
     parser.add_argument("--zipf", nargs="+", type=float, default=[0.0, 0.6])
     parser.add_argument("--no-check", action="store_true", help="skip the fp64 comparison")
+    parser.add_argument("--profile", action="store_true", help="also print each backend's kernels")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
     for shape in SHAPES:
         for zipf in args.zipf if shape.name in args.shapes else []:
             torch.manual_seed(0)
-            measure(shape, zipf, args.backends, not args.no_check)
+            measure(shape, zipf, args.backends, not args.no_check, args.profile)
             torch.cuda.empty_cache()
 
 

@@ -17,19 +17,23 @@ from moetrain_kernels import compile_check, experts, plan
 from moetrain_kernels.launch import Tiles
 from shapes import SHAPES, Shape, dense_limit_ms, median_ms, route
 
+GEMM = [Tiles(128, 256, 64, 8, 3, 1, 2), Tiles(128, 256, 64, 8, 3, 1, 4), Tiles(128, 256, 128, 8, 2, 1, 4),
+        Tiles(128, 256, 64, 8, 3, 1, 2, group=8), Tiles(128, 256, 64, 8, 3, 1, 2, group=32),
+        Tiles(64, 256, 64, 4, 4, 1, 4), Tiles(64, 256, 64, 8, 4, 1, 4)]
+WGRAD = [Tiles(128, 256, 64, 8, 3, 1, 2, group=1), Tiles(128, 256, 64, 8, 3, 1, 2, group=4),
+         Tiles(128, 256, 64, 8, 3, 1, 2, group=8), Tiles(128, 256, 64, 8, 3, 1, 1, group=4),
+         Tiles(128, 256, 64, 8, 4, 1, 4, group=4), Tiles(128, 128, 64, 4, 3, 2, 2, group=4)]
 CANDIDATES = {
-    "up": [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4, 1, 2), Tiles(128, 64, 64, 4, 3, 2, 2),
-           Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 128, 64, 4, 4, 1, 2), Tiles(64, 128, 64, 4, 2, 2, 2)],
-    "down": [Tiles(128, 256, 64, 8, 3, 1, 2), Tiles(128, 256, 64, 8, 4, 1, 4), Tiles(128, 128, 64, 4, 3, 2, 4),
-             Tiles(64, 128, 64, 4, 3, 2), Tiles(64, 256, 64, 4, 4, 1, 4)],
-    "down_grad": [Tiles(128, 128, 64, 4, 2, 2, 4), Tiles(128, 128, 64, 8, 4, 1, 2), Tiles(128, 128, 64, 8, 4, 1, 4),
-                  Tiles(128, 256, 64, 8, 3, 1, 4), Tiles(128, 128, 64, 8, 2, 2, 4), Tiles(128, 64, 64, 4, 3, 2, 2),
-                  Tiles(64, 128, 64, 4, 3, 2, 2), Tiles(64, 128, 64, 4, 3, 2, 4)],
-    "dw_down": [Tiles(128, 256, 64, 8, 5, 1, 2), Tiles(128, 256, 64, 8, 7, 1, 2), Tiles(256, 128, 64, 8, 5, 1, 2),
-                Tiles(256, 128, 64, 8, 7, 1, 2), Tiles(128, 128, 64, 4, 5, 2, 4)],
+    "up": [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3, group=8), Tiles(128, 128, 64, 8, 3, group=32),
+           Tiles(128, 128, 64, 8, 4, 1, 2), Tiles(128, 128, 128, 8, 2, 1, 2), Tiles(64, 128, 64, 4, 4, 1, 2),
+           Tiles(64, 128, 64, 4, 4), Tiles(64, 128, 64, 8, 4)],
+    "up_plain": GEMM[:3],
+    "down": GEMM,
+    "down_grad": GEMM,
+    "dx": GEMM,
+    "dw_down": WGRAD,
+    "dw_up": WGRAD,
 }
-CANDIDATES["dx"] = CANDIDATES["down"]
-CANDIDATES["dw_up"] = CANDIDATES["dw_down"]
 
 
 def runner(name: str, shape: Shape, tiles: Tiles, device: str):
@@ -42,18 +46,36 @@ def runner(name: str, shape: Shape, tiles: Tiles, device: str):
     rows, (d, f, e) = shape.T * shape.K, (shape.D, shape.F, shape.E)
     expert_TK = route(shape, 0.0, device) if device == "cuda" else torch.zeros(shape.T, shape.K, dtype=torch.int64)
     p = plan.sort_rows(expert_TK, e, tiles.bm if not name.startswith("dw") else 128)
-    x, gate = tensor(shape.T, d), torch.ones(shape.T, shape.K, device=device)
+    x = tensor(shape.T, d)
     if name == "up":
         w = tensor(e, 2, f, d)
         return lambda i=0: experts.up_swiglu(x, p, w, tiles)
+    if name == "up_plain":  # the same product without the SwiGLU epilogue
+        w = tensor(e, 2 * f, d)
+        return lambda i=0: experts.grouped_gemm(x, p, w, tiles, gather=True)
     if name == "down_grad":
-        w, h = tensor(e, d, f), tensor(rows, 2 * f)
-        return lambda i=0: experts.down_grad(x, gate, p, w, h, tiles)
+        w = tensor(e, d, f)
+        return lambda i=0: experts.grouped_gemm(x, p, w, tiles, transposed=True, gather=True)
     if name in ("down", "dx"):
         a, w = (tensor(rows, f), tensor(e, d, f)) if name == "down" else (tensor(rows, 2 * f), tensor(e, 2 * f, d))
         return lambda i=0: experts.grouped_gemm(a, p, w, tiles, transposed=name == "dx")
     r, out = (tensor(rows, f), tensor(e, d, f)) if name == "dw_down" else (tensor(rows, 2 * f), tensor(e, 2 * f, d))
-    return lambda i=0: experts.weight_grad(x, r, p, out, name == "dw_down", tiles)
+    return lambda i=0: experts.weight_grad(x, r, p, out, name == "dw_up", tiles)
+
+
+def memory_bound(shape: Shape):
+    """(name, function, MiB that must move) of the kernels around the GEMMs."""
+    rows, mib = shape.T * shape.K, 2**20
+
+    def tensor(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
+
+    expert_TK, gate = route(shape, 0.0), torch.rand(shape.T, shape.K, device="cuda")
+    p = plan.sort_rows(expert_TK, shape.E, 128)
+    y, b, h = tensor(rows, shape.D), tensor(rows, shape.F), tensor(rows, 2 * shape.F)
+    yield "sort", lambda i: plan.sort_rows(expert_TK, shape.E, 128), 16 * rows / mib
+    yield "combine", lambda i: experts.combine(y, p, gate), 2 * shape.D * (rows + shape.T) / mib
+    yield "swiglu_grad", lambda i: experts.swiglu_grad(b, gate, p, h), 2 * 6 * rows * shape.F / mib
 
 
 def precompile(job: tuple[str, Shape, Tiles]) -> str | None:
@@ -92,8 +114,12 @@ def main() -> None:
                 except Exception as error:
                     print(f"  {name} {tiles}: {str(error)[:120]}")
             for ms, t in sorted(found, key=lambda pair: pair[0]):
-                blocks = f"{t.bm}x{t.bn}x{t.bk} w{t.warps} s{t.stages} p{t.per_sm} split{t.split}"
-                print(f"  {name:10s} {blocks:32s} {ms:7.3f} ms  {limit[name] / ms:5.2f} of dense", flush=True)
+                blocks = f"{t.bm}x{t.bn}x{t.bk} w{t.warps} s{t.stages} p{t.per_sm} split{t.split} group{t.group}"
+                share = limit[name.removesuffix("_plain")] / ms
+                print(f"  {name:10s} {blocks:40s} {ms:7.3f} ms  {share:5.2f} of dense", flush=True)
+        for name, run, mib in memory_bound(shape):
+            ms = median_ms(run)
+            print(f"  {name:10s} {ms:7.3f} ms  {mib / 1024 / ms:5.2f} TB/s", flush=True)
 
 
 if __name__ == "__main__":

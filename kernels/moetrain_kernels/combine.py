@@ -8,26 +8,36 @@ import triton.language as tl
 
 from .plan import RowPlan
 
+BLOCK_ELEMENTS = 4096
+
 
 @triton.jit
-def combine_kernel(y_ptr, row_S, gate_S, part_ptr, dgate_S, out_ptr, N: tl.constexpr, K: tl.constexpr,
-                   PARTS: tl.constexpr, PARTS_POW2: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(y_ptr, row_S, gate_S, part_ptr, dgate_S, out_ptr, num_tokens, N: tl.constexpr, K: tl.constexpr,
+                   WEIGHTED: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = sum_k (gate[t, k]) y[row[t, k]], in the order of k. With PARTS, also dgate[t, k] = sum(part[row])."""
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = token < num_tokens
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
     for k in tl.static_range(K):
-        row = tl.load(row_S + token * K + k).to(tl.int64)
+        row = tl.load(row_S + token * K + k, mask=inside, other=-1).to(tl.int64)
         used = row >= 0
-        y = tl.load(y_ptr + row * N + cols, mask=used & (cols < N), other=0.0).to(tl.float32)
+        mask = used[:, None]
+        if N % BLOCK != 0:
+            mask = mask & (cols < N)[None, :]
+        y = tl.load(y_ptr + row[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
-            y *= tl.load(gate_S + token * K + k).to(tl.float32)
-        total += tl.where(used, y, 0.0)
+            y *= tl.load(gate_S + token * K + k, mask=used, other=0.0).to(tl.float32)[:, None]
+        total += y
         if PARTS > 0 and tl.program_id(1) == 0:
-            p = tl.arange(0, PARTS_POW2)
-            part = tl.load(part_ptr + row * PARTS + p, mask=used & (p < PARTS), other=0.0)
-            tl.store(dgate_S + token * K + k, tl.sum(part).to(dgate_S.dtype.element_ty))
-    tl.store(out_ptr + token * N + cols, total.to(out_ptr.dtype.element_ty), mask=cols < N)
+            dgate = tl.zeros((TOKENS,), tl.float32)
+            for p in tl.static_range(PARTS):
+                dgate += tl.load(part_ptr + row * PARTS + p, mask=used, other=0.0)
+            tl.store(dgate_S + token * K + k, dgate.to(dgate_S.dtype.element_ty), mask=inside)
+    mask = inside[:, None]
+    if N % BLOCK != 0:
+        mask = mask & (cols < N)[None, :]
+    tl.store(out_ptr + token.to(tl.int64)[:, None] * N + cols[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def combine(
@@ -37,14 +47,14 @@ def combine(
     part_RP: torch.Tensor | None = None,
     dgate_TK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`out_TN`; if `part_RP` is given, its row sums are also written to `dgate_TK` (0 for an unused slot)."""
+    """`out_TN`; if `part_RP` is given, its row sums are also brought into `dgate_TK` (0 for an unused slot)."""
     num_tokens, top_k = plan.row_TK.shape
     num_n = y_RN.shape[1]
     out_TN = y_RN.new_empty(num_tokens, num_n)
     block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, triton.next_power_of_2(num_n)))
-    parts = 0 if part_RP is None else part_RP.shape[1]
-    combine_kernel[(num_tokens, triton.cdiv(num_n, block))](
-        y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, N=num_n, K=top_k, PARTS=parts,
-        PARTS_POW2=triton.next_power_of_2(max(1, parts)), WEIGHTED=gate_TK is not None, BLOCK=block,
-        num_warps=max(1, min(8, block // 256)))
+    tokens = max(1, BLOCK_ELEMENTS // block)
+    combine_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(num_n, block))](
+        y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, num_tokens, N=num_n, K=top_k,
+        WEIGHTED=gate_TK is not None, PARTS=0 if part_RP is None else part_RP.shape[1], TOKENS=tokens, BLOCK=block,
+        num_warps=8)
     return out_TN

@@ -35,21 +35,21 @@ class Config:
 
 # Hopper, 16-bit, at least about 200 rows per expert. One program per multiprocessor owns nearly all its registers.
 HOPPER = Config(
-    up=Tiles(128, 128, 64, warps=8, stages=4, split=2),
-    down=Tiles(128, 256, 64, warps=8, stages=4, split=4),
-    down_grad=Tiles(128, 128, 64, warps=8, stages=4, split=2),
-    dx=Tiles(128, 256, 64, warps=8, stages=4, split=4),
-    dw_down=Tiles(128, 256, 64, warps=8, stages=4, split=2),
-    dw_up=Tiles(128, 256, 64, warps=8, stages=4, split=2),
+    up=Tiles(128, 128, 64, warps=8, stages=3),
+    down=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=8),
+    down_grad=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=8),
+    dx=Tiles(128, 256, 64, warps=8, stages=3, split=2),
+    dw_down=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=4),
+    dw_up=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=4),
 )
 # Hopper, 16-bit, few rows per expert: half the row tile wastes fewer rows, the weights are what is read.
 HOPPER_FEW_ROWS = Config(
-    up=Tiles(64, 64, 64, warps=4, stages=3, per_sm=2),
-    down=Tiles(64, 128, 64, warps=4, stages=3, per_sm=2),
-    down_grad=Tiles(64, 128, 64, warps=4, stages=3, per_sm=2, split=2),
-    dx=Tiles(64, 128, 64, warps=4, stages=3, per_sm=2),
-    dw_down=Tiles(128, 256, 64, warps=8, stages=4, split=2),
-    dw_up=Tiles(128, 256, 64, warps=8, stages=4, split=2),
+    up=Tiles(64, 128, 64, warps=8, stages=4),
+    down=Tiles(64, 256, 64, warps=4, stages=4, split=4),
+    down_grad=Tiles(64, 256, 64, warps=8, stages=4, split=4),
+    dx=Tiles(64, 256, 64, warps=4, stages=4, split=4),
+    dw_down=Tiles(128, 256, 64, warps=8, stages=3, split=1),
+    dw_up=Tiles(128, 256, 64, warps=8, stages=3, split=1),
 )
 # Anything else that Triton runs on: pointer loads, and tiles that also fit fp32 and smaller shared memories.
 PORTABLE = Config(

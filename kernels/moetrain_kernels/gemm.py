@@ -1,4 +1,4 @@
-"""Grouped GEMM over rows that already lie in expert order: the down-projection, and the gradient of the gathered x."""
+"""Grouped GEMM: the down-projection, its gradient (rows gathered by token), and the gradient of the gathered x."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import triton.language as tl
 
 from .launch import Tiles, block_desc, programs
 from .plan import RowPlan
-from .tiles import column_part, load_block, locate_tile, store_block
+from .tiles import column_part, gather_rows, load_block, load_tokens, locate_tile, store_block
 
 
 @triton.jit
-def grouped_gemm_kernel(a_desc, a_ptr, w_desc, w_ptr, out_desc, out_ptr, tiles_M3, sizes_2, num_rows, num_w_rows,
-                        N: tl.constexpr, C: tl.constexpr, W_NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                        BK: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr,
-                        TMA: tl.constexpr, PREC: tl.constexpr):
+def grouped_gemm_kernel(a_desc, a_ptr, w_desc, w_ptr, out_desc, out_ptr, slot_R, tiles_M3, sizes_2, num_rows,
+                        num_w_rows, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr,
+                        W_NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                        GROUP: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+                        PREC: tl.constexpr):
     """out[row, N] = a[row, C] times the expert's matrix, stored [N, C] (W_NC) or [C, N], all experts stacked by rows.
+    With GATHER, a is in token order and a[token of row] is meant.
 
     Tile and reduction loops are fused by hand, as in up_swiglu_kernel. A weight block may run into the next expert's
     rows: along N those columns are not stored, along C they meet the zeros that `a` reads past its last column.
@@ -29,13 +31,19 @@ def grouped_gemm_kernel(a_desc, a_ptr, w_desc, w_ptr, out_desc, out_ptr, tiles_M
     tile = pid - P
     k = K_TILES - 1
     n, expert, row, end = 0, 0, 0, 0
+    token = tl.zeros((BM,), tl.int32)
     acc = tl.zeros((BM, BN), tl.float32)
     for _ in tl.range(0, (num_m * N_TILES - pid + P - 1) // P * K_TILES):
         k = tl.where(k == K_TILES - 1, 0, k + 1)
         if k == 0:
             tile += P
             n, expert, row, end = locate_tile(tile, num_m, tiles_M3, N_TILES, GROUP)
-        a = load_block(a_desc, a_ptr, row, k * BK, num_rows, C, BM, BK, TMA)
+            if GATHER:
+                token = load_tokens(slot_R, row, end, K, BM)
+        if GATHER:
+            a = gather_rows(a_ptr, token, k * BK, C, BK)
+        else:
+            a = load_block(a_desc, a_ptr, row, k * BK, num_rows, C, BM, BK, TMA)
         if W_NC:
             w = load_block(w_desc, w_ptr, expert * N + n * BN, k * BK, num_w_rows, C, BN, BK, TMA).T
         else:
@@ -49,19 +57,23 @@ def grouped_gemm_kernel(a_desc, a_ptr, w_desc, w_ptr, out_desc, out_ptr, tiles_M
 
 
 def grouped_gemm(
-    a_RC: torch.Tensor, plan: RowPlan, w_E: torch.Tensor, tiles: Tiles, transposed: bool = False
+    a: torch.Tensor, plan: RowPlan, w_E: torch.Tensor, tiles: Tiles, transposed: bool = False, gather: bool = False
 ) -> torch.Tensor:
-    """`out_RN`: each row times its expert's matrix, `w_E` being [E, N, C], or [E, C, N] if `transposed`."""
+    """`out_RN`: each row times its expert's matrix, `w_E` being [E, N, C], or [E, C, N] if `transposed`.
+
+    `a` is [R, C] in row order, or [T, C] in token order if `gather`. Rows past the plan's total stay unwritten.
+    """
     num_n, num_c = (w_E.shape[2], w_E.shape[1]) if transposed else (w_E.shape[1], w_E.shape[2])
-    out_RN = a_RC.new_empty(plan.max_rows, num_n)
+    out_RN = a.new_empty(plan.max_rows, num_n)
     w_rows = w_E.view(-1, w_E.shape[2])
     w_block = (tiles.bk, tiles.bn) if transposed else (tiles.bn, tiles.bk)
-    a_desc = block_desc(a_RC, (tiles.bm, tiles.bk), tiles.tma)
+    a_desc = block_desc(a, (tiles.bm, tiles.bk), tiles.tma)
     w_desc = block_desc(w_rows, w_block, tiles.tma)
     out_desc = block_desc(out_RN.view(-1, 1, num_n), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * triton.cdiv(num_n, tiles.bn))
     grouped_gemm_kernel[(p,)](
-        a_desc, a_RC, w_desc, w_rows, out_desc, out_RN, plan.tiles_M3, plan.sizes_2, a_RC.shape[0], w_rows.shape[0],
-        N=num_n, C=num_c, W_NC=not transposed, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk, GROUP=tiles.group, P=p,
-        SPLIT=tiles.split, TMA=tiles.tma, PREC=tiles.precision, num_warps=tiles.warps, num_stages=tiles.stages)
+        a_desc, a, w_desc, w_rows, out_desc, out_RN, plan.slot_R, plan.tiles_M3, plan.sizes_2, a.shape[0],
+        w_rows.shape[0], N=num_n, C=num_c, K=plan.top_k, GATHER=gather, W_NC=not transposed, BM=tiles.bm, BN=tiles.bn,
+        BK=tiles.bk, GROUP=tiles.group, P=p, SPLIT=tiles.split, TMA=tiles.tma, PREC=tiles.precision,
+        num_warps=tiles.warps, num_stages=tiles.stages)
     return out_RN

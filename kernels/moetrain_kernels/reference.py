@@ -62,16 +62,14 @@ def combine(y_RD: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor | No
     return gathered_TKD.sum(1)
 
 
-def down_grad(
-    dy_TD: torch.Tensor, gate_TK: torch.Tensor, rows: Rows, w_down_EDF: torch.Tensor, h_R2F: torch.Tensor
+def swiglu_grad(
+    b_RF: torch.Tensor, gate_TK: torch.Tensor, rows: Rows, h_R2F: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Backward of down-projection, gate weight and SwiGLU from H alone: `dh_R2F`, `gate * a_RF`, `dgate_R`.
+    """Backward of gate weight and SwiGLU from H alone: `dh_R2F`, `gate * a_RF`, `dgate_R`.
 
-    With b = dy @ W_down of the row's token, d(gate) = <b, a>: the expert's output is not needed.
+    b = dy @ W_down of the row's token. d(gate) = <b, a>: the expert's output is not needed.
     """
-    dy_RD = dy_TD[rows.slot_R // rows.row_TK.shape[1]]
     gate_R = gate_TK.reshape(-1)[rows.slot_R].to(h_R2F.dtype)
-    b_RF = torch.cat([dy_RD[a:b] @ w_down_EDF[e] for e, a, b in rows.spans()])
     g_RF, u_RF = h_R2F.chunk(2, dim=1)
     s_RF = torch.sigmoid(g_RF)
     a_RF = g_RF * s_RF * u_RF

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .launch import Tiles, block_desc, programs
 from .plan import RowPlan
-from .tiles import column_part, gather_rows, halves, load_tokens, locate_tile, store_block
+from .tiles import column_part, gather_rows, halves, load_tokens, locate_tile, sigmoid, store_block
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def up_swiglu_kernel(x_ptr, w_desc, w_ptr, h_desc, h_ptr, a_desc, a_ptr, slot_R,
             for i in tl.static_range(SPLIT):
                 gate = column_part(gates, i, SPLIT, BM, BF)
                 up = column_part(ups, i, SPLIT, BM, BF)
-                act = gate * tl.sigmoid(gate) * up
+                act = gate * sigmoid(gate, PREC) * up
                 col = n * BF + i * COLS
                 store_block(h_desc, h_ptr, gate.to(dtype), row, end, 0, col, 2, F, BM, COLS, TMA)
                 store_block(h_desc, h_ptr, up.to(dtype), row, end, 1, col, 2, F, BM, COLS, TMA)

@@ -12,44 +12,80 @@ from .tiles import column_part, load_block
 
 
 @triton.jit
-def _gather_masked(x_ptr, slot_R, row, end, col, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-                   COLS: tl.constexpr):
-    """[ROWS, COLS] of the rows' tokens; zero at and past `end`, so the other operand may hold anything finite there."""
-    rows = row + tl.arange(0, ROWS)
-    cols = col + tl.arange(0, COLS)
-    token = tl.load(slot_R + rows, mask=rows < end, other=0) // K
-    at = x_ptr + token.to(tl.int64)[:, None] * N + cols[None, :]
-    if N % COLS == 0:
-        x = tl.load(at, mask=(rows < end)[:, None], other=0.0)
-    else:
-        x = tl.load(at, mask=(rows < end)[:, None] & (cols < N)[None, :], other=0.0)
-    return x
+def _load_slots(slot_R, row, end, BLOCK: tl.constexpr):
+    rows = row + tl.arange(0, BLOCK)
+    return tl.load(slot_R + rows, mask=rows < end, other=0)
 
 
 @triton.jit
-def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3, num_rows, E: tl.constexpr,
-                       E_POW2: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                       GATHER_LEFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                       GROUP: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-                       PREC: tl.constexpr):
-    """out[e, M, N] = left[rows of e, M]^T @ right[rows of e, N]; one side is gathered from x by token, the other,
-    in row order, is r. The longest reductions come first; tile and reduction loops are fused by hand.
+def _gather_masked(x_ptr, slot, row, end, col, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                   COLS: tl.constexpr):
+    """[ROWS, COLS] of the slots' tokens; zero at and past `end`: the other operand need only be finite there."""
+    cols = col + tl.arange(0, COLS)
+    at = x_ptr + (slot // K).to(tl.int64)[:, None] * N + cols[None, :]
+    mask = (row + tl.arange(0, ROWS) < end)[:, None]
+    if N % COLS != 0:
+        mask = mask & (cols < N)[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _count_steps(spans_E3, steps_P, pid, E: tl.constexpr, E_POW2: tl.constexpr, PER_EXPERT: tl.constexpr,
+                 P: tl.constexpr, BK: tl.constexpr):
+    """Reduction steps of program `pid`: over the experts, its tiles times the expert's reduction length.
+
+    The sum takes a detour through memory: the compiler takes a loaded scalar for uniform over the warp, a reduced one
+    for divergent, and would keep the whole main loop off the uniform registers that feed the tensor cores.
+    """
+    e = tl.arange(0, E_POW2)
+    rows = tl.load(spans_E3 + 3 * e + 2, mask=e < E, other=0) - tl.load(spans_E3 + 3 * e + 1, mask=e < E, other=0)
+    tiles = ((e + 1) * PER_EXPERT - pid + P - 1) // P - (e * PER_EXPERT - pid + P - 1) // P
+    steps = tl.sum(tl.where(e < E, tiles * tl.maximum(1, (rows + BK - 1) // BK), 0))
+    tl.store(steps_P + pid, steps)
+    tl.debug_barrier()
+    return tl.load(steps_P + pid, volatile=True)
+
+
+@triton.jit
+def _store_part(desc, ptr, value, expert, row, col, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                COLS: tl.constexpr, TMA: tl.constexpr):
+    """Store [ROWS, COLS] at [expert, row, col] of an [E, M, N] tensor."""
+    if TMA:
+        desc.store([expert, row, col], value.reshape(1, ROWS, COLS))
+    else:
+        rows = row + tl.arange(0, ROWS)
+        cols = col + tl.arange(0, COLS)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(ptr + (expert.to(tl.int64) * M + rows)[:, None] * N + cols[None, :], value, mask=mask)
+
+
+@triton.jit
+def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3, steps_P, num_rows, E: tl.constexpr,
+                       E_POW2: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr,
+                       SPLIT: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr):
+    """out[e] = x[tokens of e, M]^T @ r[rows of e, N], stored [M, N], or [N, M] with FLIP.
+
+    The gathered side is always the left one, which is the narrower tile: its loads cost instructions, TMA's do not.
+    The longest reductions come first; tile and reduction loops are fused by hand as in up_swiglu_kernel. Slots are
+    loaded two steps ahead: the pipeliner moves the load up against its first use, which one step ahead would stall.
     """
     M_TILES: tl.constexpr = (M + BM - 1) // BM
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     COLS: tl.constexpr = BN // SPLIT
     PER_EXPERT: tl.constexpr = M_TILES * N_TILES
     pid = tl.program_id(0)
-    # Steps of this program: for each expert the tiles that fall to it, times the expert's reduction length.
-    e = tl.arange(0, E_POW2)
-    rows_of = tl.load(spans_E3 + 3 * e + 2, mask=e < E, other=0) - tl.load(spans_E3 + 3 * e + 1, mask=e < E, other=0)
-    tiles_of = ((e + 1) * PER_EXPERT - pid + P - 1) // P - (e * PER_EXPERT - pid + P - 1) // P
-    steps = tl.sum(tl.where(e < E, tiles_of * tl.maximum(1, (rows_of + BK - 1) // BK), 0))
+    steps = _count_steps(spans_E3, steps_P, pid, E, E_POW2, PER_EXPERT, P, BK)
     tile = pid - P
     row, last, expert, end, m, n = 0, 0, 0, 0, 0, 0
+    slot = tl.zeros((BK,), tl.int32)
+    slot_1 = slot
+    slot_2 = slot
     acc = tl.zeros((BM, BN), tl.float32)
     for _ in tl.range(0, steps):
         row += BK
+        slot = slot_1
+        slot_1 = slot_2
         if row >= last:
             tile += P
             at = spans_E3 + 3 * (tile // PER_EXPERT)
@@ -60,42 +96,40 @@ def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3
             size = tl.minimum(M_TILES - first, GROUP)
             m = first + inside % (GROUP * N_TILES) % size
             n = inside % (GROUP * N_TILES) // size
-        if GATHER_LEFT:
-            left = _gather_masked(x_ptr, slot_R, row, end, m * BM, K, M, BK, BM)
-            right = load_block(r_desc, r_ptr, row, n * BN, num_rows, N, BK, BN, TMA)
-        else:
-            left = load_block(r_desc, r_ptr, row, m * BM, num_rows, M, BK, BM, TMA)
-            right = _gather_masked(x_ptr, slot_R, row, end, n * BN, K, N, BK, BN)
+            slot = _load_slots(slot_R, row, end, BK)
+            slot_1 = _load_slots(slot_R, row + BK, end, BK)
+        left = _gather_masked(x_ptr, slot, row, end, m * BM, K, M, BK, BM)
+        right = load_block(r_desc, r_ptr, row, n * BN, num_rows, N, BK, BN, TMA)
+        slot_2 = _load_slots(slot_R, row + 2 * BK, end, BK)
         acc = tl.dot(left.T, right, acc, input_precision=PREC)
         if row + BK >= last:
             for i in tl.static_range(SPLIT):
                 out = column_part(acc, i, SPLIT, BM, BN).to(out_ptr.dtype.element_ty)
                 col = n * BN + i * COLS
-                if TMA:
-                    out_desc.store([expert, m * BM, col], out.reshape(1, BM, COLS))
+                if FLIP:
+                    _store_part(out_desc, out_ptr, out.T, expert, col, m * BM, N, M, COLS, BM, TMA)
                 else:
-                    rows = m * BM + tl.arange(0, BM)
-                    cols = col + tl.arange(0, COLS)
-                    mask = (rows < M)[:, None] & (cols < N)[None, :]
-                    tl.store(out_ptr + (expert.to(tl.int64) * M + rows)[:, None] * N + cols[None, :], out, mask=mask)
+                    _store_part(out_desc, out_ptr, out, expert, m * BM, col, M, N, BM, COLS, TMA)
             acc = tl.zeros((BM, BN), tl.float32)
 
 
 def weight_grad(
-    x_TX: torch.Tensor, r_RC: torch.Tensor, plan: RowPlan, out_EMN: torch.Tensor, gather_left: bool, tiles: Tiles
+    x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, tiles: Tiles
 ) -> torch.Tensor:
-    """Fill and return `out_EMN`: sum over an expert's rows of outer(x[token], r[row]), or the other way round.
+    """Fill and return `out_E`: per expert the sum over its rows of outer(x[token], r[row]), transposed if `flip`.
 
-    r must be finite up to TAIL_ROWS past the last row (down_grad zeroes them).
+    `out_E` is [E, M, N], or [E, N, M] if `flip`. r must be finite up to TAIL_ROWS past the last row
+    (swiglu_grad zeroes them).
     """
-    num_experts, num_m, num_n = out_EMN.shape
-    r_block = (tiles.bk, tiles.bn if gather_left else tiles.bm)
-    r_desc = block_desc(r_RC, r_block, tiles.tma)
-    out_desc = block_desc(out_EMN, (1, tiles.bm, tiles.bn // tiles.split), tiles.tma)
+    num_experts, num_m, num_n = out_E.shape[0], x_TM.shape[1], r_RN.shape[1]
+    cols = tiles.bn // tiles.split
+    r_desc = block_desc(r_RN, (tiles.bk, tiles.bn), tiles.tma)
+    out_desc = block_desc(out_E, (1, cols, tiles.bm) if flip else (1, tiles.bm, cols), tiles.tma)
     p = programs(tiles, num_experts * triton.cdiv(num_m, tiles.bm) * triton.cdiv(num_n, tiles.bn))
+    steps_P = torch.empty(p, dtype=torch.int32, device=r_RN.device)
     weight_grad_kernel[(p,)](
-        x_TX, r_desc, r_RC, out_desc, out_EMN, plan.slot_R, plan.spans_E3, r_RC.shape[0], E=num_experts,
-        E_POW2=triton.next_power_of_2(num_experts), M=num_m, N=num_n, K=plan.top_k, GATHER_LEFT=gather_left,
-        BM=tiles.bm, BN=tiles.bn, BK=tiles.bk, GROUP=tiles.group, P=p, SPLIT=tiles.split, TMA=tiles.tma,
-        PREC=tiles.precision, num_warps=tiles.warps, num_stages=tiles.stages)
-    return out_EMN
+        x_TM, r_desc, r_RN, out_desc, out_E, plan.slot_R, plan.spans_E3, steps_P, r_RN.shape[0], E=num_experts,
+        E_POW2=triton.next_power_of_2(num_experts), M=num_m, N=num_n, K=plan.top_k, FLIP=flip, BM=tiles.bm,
+        BN=tiles.bn, BK=tiles.bk, GROUP=tiles.group, P=p, SPLIT=tiles.split, TMA=tiles.tma, PREC=tiles.precision,
+        num_warps=tiles.warps, num_stages=tiles.stages)
+    return out_E

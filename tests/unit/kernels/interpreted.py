@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moetrain_kernels import combine, configs, down_grad, gemm, launch, moe_experts, plan, reference, up, weight_grad
+from moetrain_kernels import combine, configs, gemm, launch, moe_experts, plan, reference, swiglu_grad, up, weight_grad
 
 pytestmark = [
     pytest.mark.unit,
     pytest.mark.skipif(not launch.interpreting(), reason="needs TRITON_INTERPRET=1"),
 ]
-TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 CASES = [(1, 16, 8, 2, 1), (19, 24, 20, 3, 2), (40, 32, 16, 5, 3)]
 
 
@@ -36,7 +35,9 @@ def plans(expert, num_e):
 
 
 def close(got, want, rows=None):
-    torch.testing.assert_close(got[:rows].double(), want.double(), **TOLERANCE)
+    """fp32 against fp64: elements within 2e-4 of their own size or of 1e-6 of the largest in the tensor."""
+    scale = want.abs().max().item() if want.numel() else 0.0
+    torch.testing.assert_close(got[:rows].double(), want.double(), rtol=2e-4, atol=1e-6 * scale + 1e-6)
 
 
 def bound(name, tma):
@@ -94,18 +95,21 @@ def test_backward_kernels(shape, tma, split):
     dy = torch.randn_like(x)
     h = torch.full((p.max_rows, 2 * num_f), float("nan"))
     h[:n] = reference.up_swiglu(x, rows, w_up)[0]
-    dh, gated_a, part = down_grad.down_grad(dy, gate, p, w_down, h, replace(bound("down_grad", tma), split=split))
-    want_dh, want_a, want_dgate = reference.down_grad(dy, gate, rows, w_down, h[:n])
+    b = gemm.grouped_gemm(dy, p, w_down, replace(bound("down_grad", tma), split=split), transposed=True, gather=True)
+    token_R = rows.slot_R // shape[4]
+    want_b = reference.grouped_gemm(dy[token_R], rows, w_down.transpose(1, 2))
+    close(b, want_b, n)
+    dh, gated_a, part = swiglu_grad.swiglu_grad(b, gate, p, h)
+    want_dh, want_a, want_dgate = reference.swiglu_grad(want_b, gate, rows, h[:n])
     close(dh, want_dh, n)
     close(gated_a, want_a, n)
     close(part.sum(1), want_dgate, n)
     assert not dh[n:].any()
     assert not gated_a[n:].any()
-    token_R = rows.slot_R // shape[4]
-    dw_down = weight_grad.weight_grad(dy, gated_a, p, torch.empty_like(w_down), True, bound("dw_down", tma))
+    dw_down = weight_grad.weight_grad(dy, gated_a, p, torch.empty_like(w_down), False, bound("dw_down", tma))
     close(dw_down, reference.weight_grad(dy[token_R], want_a, rows))
     dw_up = torch.empty(num_e, 2 * num_f, num_d)
-    weight_grad.weight_grad(x, dh, p, dw_up, False, replace(bound("dw_up", tma), split=split))
+    weight_grad.weight_grad(x, dh, p, dw_up, True, replace(bound("dw_up", tma), split=split))
     close(dw_up, reference.weight_grad(want_dh, x[token_R], rows))
     dx = gemm.grouped_gemm(dh, p, w_up.flatten(1, 2), bound("dx", tma), transposed=True)
     close(dx, reference.grouped_gemm(want_dh, rows, w_up.flatten(1, 2).transpose(1, 2)), n)
