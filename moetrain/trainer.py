@@ -125,6 +125,8 @@ class Trainer:
                 sums[0] += self._loss_sum(batch, self._totals([batch])).double()
                 sums[1] += batch.loss_mask_BS.sum()
         loss, tokens = all_reduce_sum(sums, self.meshes.tokens).tolist()
+        if not tokens:
+            raise ValueError("the held-out rows have no target that counts; set train.eval_every=0 or mask less")
         return loss / tokens
 
     def save(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from moetrain.config.data import check_data
 from moetrain.config.model import check_model
 from moetrain.config.schema import Config
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
@@ -56,6 +57,7 @@ def validate(config: Config, world: int) -> Layout:
             raise _refuse(key, _get(config, key), "is not running yet", only)
     _check_batches(config, layout)
     check_model(config.model)
+    check_data(config.data)
     if config.model.moe.n_experts:
         _check_experts(config, layout)
     elif layout.ep > 1:

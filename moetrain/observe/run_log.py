@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +73,19 @@ class RunLog:
 
     def finish(self) -> None:
         """The closing summary: where the run is, how to resume it, how to look at it."""
-        again = f"python -m moetrain train run.dir={self.run_dir} train.steps=... (the same overrides)"
-        self.console.finish(closing_summary(str(self.run_dir), again, self.last))
+        self.console.finish(closing_summary(str(self.run_dir), _this_command(), self.last))
 
     def close(self) -> None:
         self.console.close()
         self.trackers.finish()
         self.metrics.close()
         self.sample_log.close()
+
+
+def _this_command() -> str:
+    """The command that started this process, as one would type it: running it again resumes the run."""
+    ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if ranks != here:
+        return f"the same launch of {ranks} ranks, with {shlex.join(sys.argv[1:])}"
+    launcher = f"torchrun --standalone --nproc-per-node {here}" if "LOCAL_RANK" in os.environ else "python"
+    return f"{launcher} -m moetrain {shlex.join(sys.argv[1:])}"

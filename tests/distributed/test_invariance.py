@@ -1,66 +1,19 @@
-"""The layout changes the speed, never the numbers: every layout against a single process, in fp64, over 20 steps.
+"""The layout changes the speed, never the numbers: every layout against a single process.
 
-fp64 because routing is a discrete choice: in fp32 a correct program drifts apart by chance once one choice flips.
+fp64 because routing is a discrete choice: in fp32 a correct program drifts apart by chance once one choice flips. So
+fp32 is held to its first step only.
 """
 
 import pytest
 import torch
 
+from moetrain.parallel import fsdp
 from moetrain.testing import run_ranks
+from moetrain.testing.small import SMALL_MODEL, write_documents
 from moetrain.testing.trajectory import compare, record
 
 pytestmark = pytest.mark.distributed
-BAR = 1e-9
-MODEL = [
-    "model.n_layers=3",
-    "model.d_model=32",
-    "model.d_ff=48",
-    "model.attention.head_dim=8",
-    "model.attention.n_heads=4",
-    "model.attention.n_kv_heads=2",
-    "model.attention.qk_norm=head",
-    "model.moe.d_expert=24",
-    "model.moe.first_k_dense=1",
-    "model.moe.d_shared=16",
-    "model.moe.shared_gate=true",
-    "train.seq_len=64",
-    "train.global_batch=8",
-    "train.max_grad_norm=0.5",
-    "train.steps=20",
-    "optim.lr=0.003",
-    "data=jsonl",
-    "balance=[switch,z_loss,bias]",
-    "balance.switch.coefficient=0.1",
-    "balance.bias.rate=0.01",
-]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Documents of very different length: most rows hold several, some end inside one."""
-    import json
-    import random
-
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
-    words = [f"word{i}" for i in range(50)]
-    lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(1, 60)))}) for _ in range(400)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def overrides(corpus, run_dir, *more, precision="fp64", micro_batch=2):
-    return [
-        *MODEL,
-        f"data.sources.jsonl.path={corpus}",
-        f"data.cache_dir={corpus.parent / 'cache'}",
-        f"run.dir={run_dir}",
-        f"train.precision={precision}",
-        f"train.micro_batch={micro_batch}",
-        *more,
-    ]
-
-
+STEPS, BAR, FIRST_STEP_FP32 = 20, 1e-9, 1e-5
 LAYOUTS = {
     "dp2": (2, []),
     "ep2": (2, ["parallel.ep=2"]),
@@ -73,16 +26,33 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def single(corpus, tmp_path_factory):
-    return record(overrides(corpus, tmp_path_factory.mktemp("single")), 20)
+def documents(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("documents"))
+
+
+def overrides(documents, run_dir, *more, world=1, precision="fp64"):
+    # Two micro-steps everywhere, so accumulation takes part.
+    rows = 8 // (2 * world)
+    options = [f"run.dir={run_dir}", f"train.precision={precision}", f"train.micro_batch={rows}"]
+    return [*SMALL_MODEL, *documents, *options, *more]
+
+
+def alone(options, steps):
+    """One process: a forked one too, so that this one never starts the threads that forking would break."""
+    return run_ranks(record, 1, options, steps)[0]
+
+
+@pytest.fixture(scope="module")
+def single(documents, tmp_path_factory):
+    return alone(overrides(documents, tmp_path_factory.mktemp("single")), STEPS)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_twenty_steps_in_fp64(name, corpus, single, tmp_path):
+def test_twenty_steps_in_fp64(name, documents, single, tmp_path):
     world, degrees = LAYOUTS[name]
-    micro_batch = 1 if world == 4 else 2
-    run, weights = run_ranks(record, world, overrides(corpus, tmp_path, *degrees, micro_batch=micro_batch), 20)[0]
+    run, weights = run_ranks(record, world, overrides(documents, tmp_path, *degrees, world=world), STEPS)[0]
     difference = compare(run, single[0])
+    print(f"{name}: {difference}")
     assert difference.loss < BAR, difference
     assert difference.norm < BAR, difference
     assert difference.gradient < BAR, difference
@@ -92,3 +62,46 @@ def test_twenty_steps_in_fp64(name, corpus, single, tmp_path):
         assert all(mine.row[key] == theirs.row[key] for key in loads), "a routing choice flipped"
     for key, weight in single[1].items():
         torch.testing.assert_close(weights[key], weight, rtol=0, atol=BAR)
+
+
+def test_micro_batches_change_nothing(documents, single, tmp_path):
+    run, _ = alone([*overrides(documents, tmp_path), "train.micro_batch=1"], STEPS)
+    difference = compare(run, single[0])
+    assert max(difference.loss, difference.norm, difference.gradient) < BAR, difference
+
+
+def test_the_first_step_in_fp32(documents, tmp_path):
+    single, _ = alone(overrides(documents, tmp_path / "single", precision="fp32"), 1)
+    degrees = ["parallel.dp_replicate=2", "parallel.ep=2"]
+    run, _ = run_ranks(record, 4, overrides(documents, tmp_path / "run", *degrees, world=4, precision="fp32"), 1)[0]
+    difference = compare(run, single)
+    assert max(difference.loss, difference.norm, difference.gradient) < FIRST_STEP_FP32, difference
+
+
+@pytest.mark.parametrize("fault", ["mean instead of sum", "experts doubled", "local balance counts"])
+def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monkeypatch):
+    """The proof above is only worth something if it fails when a reduction is wrong."""
+    more = []
+    if fault == "mean instead of sum":
+        monkeypatch.setattr(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
+    elif fault == "experts doubled":
+        from moetrain.moe.dispatch import collective
+
+        plain = collective.all_to_all_rows
+        monkeypatch.setattr(collective, "all_to_all_rows", lambda x, *a: _double_gradient(plain(x, *a)))
+    else:
+        more = ["balance.switch.scope=micro_batch"]
+        from moetrain.moe.balance import switch
+
+        monkeypatch.setattr(switch, "all_reduce_sum", lambda x, group: x.clone())
+        single = alone([*overrides(documents, tmp_path / "single"), *more], 2)
+    options = [*overrides(documents, tmp_path / "run", "parallel.ep=2", world=2), *more]
+    run, _ = run_ranks(record, 2, options, 2)[0]
+    difference = compare(run, single[0][:2])
+    assert max(difference.loss, difference.norm, difference.gradient) > 1e-6, f"{fault} went unnoticed: {difference}"
+
+
+def _double_gradient(x):
+    if x.requires_grad:
+        x.register_hook(lambda grad: 2 * grad)
+    return x
