@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, power_of_2
 from .plan import RowPlan
 
 BLOCK_ELEMENTS = 4096
@@ -51,9 +52,9 @@ def combine(
     num_tokens, top_k = plan.row_TK.shape
     num_n = y_RN.shape[1]
     out_TN = y_RN.new_empty(num_tokens, num_n)
-    block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, triton.next_power_of_2(num_n)))
+    block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
     tokens = max(1, BLOCK_ELEMENTS // block)
-    combine_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(num_n, block))](
+    combine_kernel[(cdiv(num_tokens, tokens), cdiv(num_n, block))](
         y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, num_tokens, N=num_n, K=top_k,
         WEIGHTED=gate_TK is not None, PARTS=0 if part_RP is None else part_RP.shape[1], TOKENS=tokens, BLOCK=block,
         num_warps=8)

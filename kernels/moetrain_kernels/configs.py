@@ -6,6 +6,7 @@ The four kernels that walk row tiles share one `bm`, because they share one tile
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -39,8 +40,8 @@ HOPPER = Config(
     down=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=8),
     down_grad=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=8),
     dx=Tiles(128, 256, 64, warps=8, stages=3, split=2),
-    dw_down=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=4),
-    dw_up=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=4),
+    dw_down=Tiles(128, 256, 64, warps=8, stages=5, group=4),
+    dw_up=Tiles(128, 256, 64, warps=8, stages=5, group=4),
 )
 # Hopper, 16-bit, few rows per expert: half the row tile wastes fewer rows, the weights are what is read.
 HOPPER_FEW_ROWS = Config(
@@ -48,8 +49,8 @@ HOPPER_FEW_ROWS = Config(
     down=Tiles(64, 256, 64, warps=4, stages=4, split=4),
     down_grad=Tiles(64, 256, 64, warps=8, stages=4, split=4),
     dx=Tiles(64, 256, 64, warps=4, stages=4, split=4),
-    dw_down=Tiles(128, 256, 64, warps=8, stages=3, split=1),
-    dw_up=Tiles(128, 256, 64, warps=8, stages=3, split=1),
+    dw_down=Tiles(128, 256, 64, warps=8, stages=5, split=2),
+    dw_up=Tiles(128, 256, 64, warps=8, stages=5, split=2),
 )
 # Anything else that Triton runs on: pointer loads, and tiles that also fit fp32 and smaller shared memories.
 PORTABLE = Config(
@@ -67,9 +68,14 @@ def choose(x_TD: torch.Tensor, w_gate_up_E2FD: torch.Tensor, w_down_EDF: torch.T
     """The table's entry for these tensors on this device; `rows` is the bound on active slots."""
     sms, capability = device_traits(x_TD.device)
     if capability == 0:
-        return INTERPRETED.on(sms, False, "ieee")
+        return _bound(INTERPRETED, sms, False, "ieee")
     precision = "ieee" if x_TD.dtype == torch.float32 else "tf32"
     if capability == 90 and x_TD.element_size() == 2 and fits_tma(x_TD, w_gate_up_E2FD, w_down_EDF):
         few = rows < 200 * w_down_EDF.shape[0]
-        return (HOPPER_FEW_ROWS if few else HOPPER).on(sms, True, precision)
-    return PORTABLE.on(sms, False, precision)
+        return _bound(HOPPER_FEW_ROWS if few else HOPPER, sms, True, precision)
+    return _bound(PORTABLE, sms, False, precision)
+
+
+@cache
+def _bound(table: Config, sms: int, tma: bool, precision: str) -> Config:
+    return table.on(sms, tma, precision)

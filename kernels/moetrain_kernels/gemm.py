@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, programs
+from .launch import Tiles, block_desc, cdiv, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, load_block, load_tokens, locate_tile, store_block
 
@@ -70,7 +70,7 @@ def grouped_gemm(
     a_desc = block_desc(a, (tiles.bm, tiles.bk), tiles.tma)
     w_desc = block_desc(w_rows, w_block, tiles.tma)
     out_desc = block_desc(out_RN.view(-1, 1, num_n), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
-    p = programs(tiles, plan.tiles_M3.shape[0] * triton.cdiv(num_n, tiles.bn))
+    p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_n, tiles.bn))
     grouped_gemm_kernel[(p,)](
         a_desc, a, w_desc, w_rows, out_desc, out_RN, plan.slot_R, plan.tiles_M3, plan.sizes_2, a.shape[0],
         w_rows.shape[0], N=num_n, C=num_c, K=plan.top_k, GATHER=gather, W_NC=not transposed, BM=tiles.bm, BN=tiles.bn,

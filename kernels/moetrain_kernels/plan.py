@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, power_of_2
+
 BLOCK_SLOTS = 128
 TABLE_ROWS = 32
 
@@ -153,7 +155,7 @@ def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows:
     """Build the plan. `max_rows` is a promise (default T*K): rows past it are dropped, never written out of bounds."""
     num_slots = expert_TK.numel()
     rows = num_slots if max_rows is None else min(max_rows, num_slots)
-    num_blocks = triton.cdiv(num_slots, BLOCK_SLOTS)
+    num_blocks = cdiv(num_slots, BLOCK_SLOTS)
     max_tiles = rows // block_m + min(num_experts, rows)
 
     def empty(*shape: int) -> torch.Tensor:
@@ -163,15 +165,15 @@ def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows:
     if num_slots == 0:
         return plan
     counts_EB, total_E = empty(num_experts, num_blocks), empty(num_experts)
-    e_pow2 = triton.next_power_of_2(num_experts)
+    e_pow2 = power_of_2(num_experts)
     warps = 4 if e_pow2 <= 128 else 8 if e_pow2 == 256 else 16  # the [slots, E] comparisons stay in registers
     expert_TK = expert_TK.contiguous()
     histogram_kernel[(num_blocks,)](
         expert_TK, counts_EB, num_slots, num_blocks, E=num_experts, E_POW2=e_pow2, BLOCK=BLOCK_SLOTS,
         num_warps=warps)
     prefix_kernel[(num_experts,)](
-        counts_EB, total_E, num_blocks, BLOCK=min(2048, triton.next_power_of_2(num_blocks)))
-    programs = num_blocks + triton.cdiv(num_experts, TABLE_ROWS) + triton.cdiv(max_tiles, TABLE_ROWS)
+        counts_EB, total_E, num_blocks, BLOCK=min(2048, power_of_2(num_blocks)))
+    programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
     scatter_kernel[(programs,)](
         expert_TK, counts_EB, total_E, plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_2,
         num_slots, num_blocks, rows, max_tiles, E=num_experts, E_POW2=e_pow2, BLOCK_M=block_m,

@@ -6,11 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, power_of_2
 from .plan import RowPlan
 
 TAIL_ROWS = 128  # at least the reduction block of the weight-gradient kernel
-BLOCK_ELEMENTS = 4096
-
 
 @triton.jit
 def swiglu_grad_kernel(b_ptr, h_ptr, dh_ptr, a_ptr, gate_S, slot_R, part_ptr, sizes_2, num_rows, F: tl.constexpr,
@@ -53,11 +52,12 @@ def swiglu_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From `b_RF` = dy @ W_down: `dh_R2F`, `gate * a_RF` (in b's memory), `part_RP` (fp32) with sum dgate."""
     rows, num_f = b_RF.shape
-    block = next((b for b in (1024, 512, 256) if num_f % b == 0), min(1024, triton.next_power_of_2(num_f)))
-    block_rows, parts = BLOCK_ELEMENTS // block, triton.cdiv(num_f, block)
+    block = next((b for b in (1024, 512, 256) if num_f % b == 0), min(1024, power_of_2(num_f)))
+    elements = 2048 if block >= 512 else 1024  # 8 a thread, one 16-byte access: small programs kept memory busiest
+    block_rows, parts = elements // block, cdiv(num_f, block)
     dh_R2F = torch.empty_like(h_R2F)
     part_RP = torch.empty(rows, parts, dtype=torch.float32, device=b_RF.device)
-    swiglu_grad_kernel[(triton.cdiv(rows, block_rows), parts)](
+    swiglu_grad_kernel[(cdiv(rows, block_rows), parts)](
         b_RF, h_R2F, dh_R2F, b_RF, gate_TK, plan.slot_R, part_RP, plan.sizes_2, rows, F=num_f, ROWS=block_rows,
-        BLOCK=block, TAIL=TAIL_ROWS, num_warps=8)
+        BLOCK=block, TAIL=TAIL_ROWS, num_warps=elements // 256)
     return dh_R2F, b_RF, part_RP

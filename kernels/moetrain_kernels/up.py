@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, programs
+from .launch import Tiles, block_desc, cdiv, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, halves, load_tokens, locate_tile, sigmoid, store_block
 
@@ -79,7 +79,7 @@ def up_swiglu(
     w_desc = block_desc(w_gate_up_E2FD.view(2 * num_experts, num_f, num_d), (2, tiles.bn, tiles.bk), tiles.tma)
     h_desc = block_desc(h_R2F.view(-1, 2, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     a_desc = block_desc(a_RF.view(-1, 1, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
-    p = programs(tiles, plan.tiles_M3.shape[0] * triton.cdiv(num_f, tiles.bn))
+    p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_f, tiles.bn))
     up_swiglu_kernel[(p,)](
         x_TD, w_desc, w_gate_up_E2FD, h_desc, h_R2F, a_desc, a_RF, plan.slot_R, plan.tiles_M3, plan.sizes_2,
         D=num_d, F=num_f, K=plan.top_k, BM=tiles.bm, BF=tiles.bn, BK=tiles.bk, GROUP=tiles.group, P=p,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, programs
+from .launch import Tiles, block_desc, cdiv, power_of_2, programs
 from .plan import RowPlan
 from .tiles import column_part, load_block
 
@@ -67,8 +67,8 @@ def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3
     """out[e] = x[tokens of e, M]^T @ r[rows of e, N], stored [M, N], or [N, M] with FLIP.
 
     The gathered side is always the left one, which is the narrower tile: its loads cost instructions, TMA's do not.
-    The longest reductions come first; tile and reduction loops are fused by hand as in up_swiglu_kernel. Slots are
-    loaded two steps ahead: the pipeliner moves the load up against its first use, which one step ahead would stall.
+    The longest reductions come first; tile and reduction loops are fused by hand as in up_swiglu_kernel. The
+    pipeliner also loads the slots ahead, into shared memory, which takes two of its stages: 5 stages are 3 buffers.
     """
     M_TILES: tl.constexpr = (M + BM - 1) // BM
     N_TILES: tl.constexpr = (N + BN - 1) // BN
@@ -78,14 +78,9 @@ def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3
     steps = _count_steps(spans_E3, steps_P, pid, E, E_POW2, PER_EXPERT, P, BK)
     tile = pid - P
     row, last, expert, end, m, n = 0, 0, 0, 0, 0, 0
-    slot = tl.zeros((BK,), tl.int32)
-    slot_1 = slot
-    slot_2 = slot
     acc = tl.zeros((BM, BN), tl.float32)
     for _ in tl.range(0, steps):
         row += BK
-        slot = slot_1
-        slot_1 = slot_2
         if row >= last:
             tile += P
             at = spans_E3 + 3 * (tile // PER_EXPERT)
@@ -96,11 +91,9 @@ def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3
             size = tl.minimum(M_TILES - first, GROUP)
             m = first + inside % (GROUP * N_TILES) % size
             n = inside % (GROUP * N_TILES) // size
-            slot = _load_slots(slot_R, row, end, BK)
-            slot_1 = _load_slots(slot_R, row + BK, end, BK)
+        slot = _load_slots(slot_R, row, end, BK)
         left = _gather_masked(x_ptr, slot, row, end, m * BM, K, M, BK, BM)
         right = load_block(r_desc, r_ptr, row, n * BN, num_rows, N, BK, BN, TMA)
-        slot_2 = _load_slots(slot_R, row + 2 * BK, end, BK)
         acc = tl.dot(left.T, right, acc, input_precision=PREC)
         if row + BK >= last:
             for i in tl.static_range(SPLIT):
@@ -125,11 +118,11 @@ def weight_grad(
     cols = tiles.bn // tiles.split
     r_desc = block_desc(r_RN, (tiles.bk, tiles.bn), tiles.tma)
     out_desc = block_desc(out_E, (1, cols, tiles.bm) if flip else (1, tiles.bm, cols), tiles.tma)
-    p = programs(tiles, num_experts * triton.cdiv(num_m, tiles.bm) * triton.cdiv(num_n, tiles.bn))
+    p = programs(tiles, num_experts * cdiv(num_m, tiles.bm) * cdiv(num_n, tiles.bn))
     steps_P = torch.empty(p, dtype=torch.int32, device=r_RN.device)
     weight_grad_kernel[(p,)](
         x_TM, r_desc, r_RN, out_desc, out_E, plan.slot_R, plan.spans_E3, steps_P, r_RN.shape[0], E=num_experts,
-        E_POW2=triton.next_power_of_2(num_experts), M=num_m, N=num_n, K=plan.top_k, FLIP=flip, BM=tiles.bm,
+        E_POW2=power_of_2(num_experts), M=num_m, N=num_n, K=plan.top_k, FLIP=flip, BM=tiles.bm,
         BN=tiles.bn, BK=tiles.bk, GROUP=tiles.group, P=p, SPLIT=tiles.split, TMA=tiles.tma, PREC=tiles.precision,
         num_warps=tiles.warps, num_stages=tiles.stages)
     return out_E
