@@ -99,7 +99,7 @@ class Trainer:
             loss = self._loss_sum(batch, totals) / totals.loss_tokens
             loss.backward()  # a sum over micro-batches and ranks: N is the whole global batch's
             ce_loss += loss.detach()
-        sums = reduce_step(ce_loss, stop, list(self.moe_layers.values()), self.meshes.tokens)
+        sums = reduce_step(ce_loss, stop, list(self.moe_layers.values()), self.meshes.data)
         fill_missing_gradients(self.parameters)
         norm = grad_norm(self.parameters)
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
@@ -124,7 +124,7 @@ class Trainer:
             for batch in (b.to(self.device) for b in batches):
                 sums[0] += self._loss_sum(batch, self._totals([batch])).double()
                 sums[1] += batch.loss_mask_BS.sum()
-        loss, tokens = all_reduce_sum(sums, self.meshes.tokens).tolist()
+        loss, tokens = all_reduce_sum(sums, self.meshes.data).tolist()
         if not tokens:
             raise ValueError("the held-out rows have no target that counts; set train.eval_every=0 or mask less")
         return loss / tokens
@@ -156,7 +156,7 @@ class Trainer:
                 torch.stack([(b.document_BS >= 0).sum() for b in batches]).sum(),
             ]
         ).double()
-        loss_tokens, tokens = all_reduce_sum(local, self.meshes.tokens).clamp(min=1)
+        loss_tokens, tokens = all_reduce_sum(local, self.meshes.data).clamp(min=1)
         rows = sum(len(b.sample_ids) for b in batches) * self.layout.dp
         return Totals(loss_tokens, tokens, rows, len(batches))
 

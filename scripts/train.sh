@@ -13,4 +13,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1)
 defaults=()
 [[ " $*" == *" experiment="* ]] || defaults+=(experiment=quickstart)
 [[ " $*" == *" parallel.ep="* ]] || defaults+=("parallel.ep=$((8 % ranks == 0 ? ranks : 1))")
+# The quick start's four sequences a step are too few for more ranks than that.
+[[ "$ranks" -le 4 || " $*" == *" experiment="* || " $*" == *" train.global_batch="* ]] || \
+  defaults+=("train.global_batch=$ranks")
 exec torchrun --standalone --nproc-per-node "$ranks" -m moetrain train "${defaults[@]}" "$@"

@@ -14,20 +14,29 @@ from moetrain.mesh.layout import Layout
 
 @dataclass(frozen=True)
 class Meshes:
-    """This rank's meshes and the groups that the rest of the code asks for by purpose.
+    """This rank's meshes, and the groups that the rest of the code asks for by purpose.
 
+    attention, expert: the two numberings of mesh/layout.py.
+    dense: the attention numbering as dense parameters see it, [pp, dp_replicate, fsdp, tp]: dp_shard and cp together
+    shard them, because both hold the same parameters and different tokens.
     dense_fsdp, expert_fsdp: what `fully_shard` takes: [shard], or [replicate, shard] when there are replicas.
-    ep: 1-D mesh of the ranks that share one set of experts.
-    tokens: group of the stage's ranks that hold different tokens (all of them, as long as tp=1).
+    data: the stage's ranks that read different tokens (dp x cp); a step's losses and counts are summed over them.
+    tokens: the stage's ranks whose MoE layers route different tokens (dp x cp x tp).
     """
 
     layout: Layout
     attention: DeviceMesh
+    dense: DeviceMesh
     expert: DeviceMesh
     dense_fsdp: DeviceMesh
     expert_fsdp: DeviceMesh
-    ep: DeviceMesh
+    data: dist.ProcessGroup
     tokens: dist.ProcessGroup
+
+    @property
+    def ep(self) -> DeviceMesh:
+        """The ranks that share one set of experts."""
+        return self.expert["ep"]
 
     @property
     def dp_rank(self) -> int:
@@ -39,19 +48,19 @@ class Meshes:
 def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Create every process group of `layout`. Collective: all ranks call it with the same layout."""
     assert dist.get_world_size() == layout.world, f"world {dist.get_world_size()} is not the layout's {layout.world}"
-    assert layout.tp == layout.cp == layout.pp == layout.etp == 1, "axes that validate.py refuses"
-    attention = _mesh(layout.attention, device_type)
+    pp, tp, data = layout.pp, layout.tp, layout.dp * layout.cp
+    fsdp = {"pp": pp, "dp_replicate": layout.dp_replicate, "fsdp": layout.dp_shard * layout.cp, "tp": tp}
+    dense = _mesh(fsdp, device_type)
     expert = _mesh(layout.expert, device_type)
-    everyone = dist.group.WORLD
-    assert everyone is not None
     return Meshes(
         layout=layout,
-        attention=attention,
+        attention=_mesh(layout.attention, device_type),
+        dense=dense,
         expert=expert,
-        dense_fsdp=_fsdp_mesh(attention, "dp_replicate", "dp_shard"),
-        expert_fsdp=_fsdp_mesh(expert, "edp_replicate", "edp_shard"),
-        ep=expert["ep"],
-        tokens=everyone,
+        dense_fsdp=_with_replicas(dense, "dp_replicate", "fsdp"),
+        expert_fsdp=_with_replicas(expert, "edp_replicate", "edp_shard"),
+        data=_mesh({"pp": pp, "data": data, "tp": tp}, device_type).get_group("data"),
+        tokens=_mesh({"pp": pp, "tokens": data * tp}, device_type).get_group("tokens"),
     )
 
 
@@ -60,5 +69,5 @@ def _mesh(degrees: dict[str, int], device_type: str) -> DeviceMesh:
     return DeviceMesh(device_type, ranks, mesh_dim_names=tuple(degrees))
 
 
-def _fsdp_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
+def _with_replicas(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
     return mesh[replicate, shard] if mesh[replicate].size() > 1 else mesh[shard]
