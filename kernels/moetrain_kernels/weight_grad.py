@@ -30,6 +30,20 @@ def _gather_masked(x_ptr, slot, row, end, col, K: tl.constexpr, N: tl.constexpr,
 
 
 @triton.jit
+def _tile_of(turn, pid, P: tl.constexpr):
+    """Tile that program `pid` takes in round `turn`: odd rounds run backwards, since tiles come longest first and
+    the program that got the longest of one round should get the shortest of the next."""
+    return turn * P + tl.where(turn % 2 == 0, pid, P - 1 - pid)
+
+
+@triton.jit
+def _tiles_below(n, pid, P: tl.constexpr):
+    """How many tiles numbered below n fall to program `pid`: two in every pair of rounds."""
+    rest = n % (2 * P)
+    return n // (2 * P) * 2 + (rest > pid).to(tl.int32) + (rest > 2 * P - 1 - pid).to(tl.int32)
+
+
+@triton.jit
 def _count_steps(spans_E3, steps_P, pid, E: tl.constexpr, E_POW2: tl.constexpr, PER_EXPERT: tl.constexpr,
                  P: tl.constexpr, BK: tl.constexpr):
     """Reduction steps of program `pid`: over the experts, its tiles times the expert's reduction length.
@@ -39,7 +53,7 @@ def _count_steps(spans_E3, steps_P, pid, E: tl.constexpr, E_POW2: tl.constexpr, 
     """
     e = tl.arange(0, E_POW2)
     rows = tl.load(spans_E3 + 3 * e + 2, mask=e < E, other=0) - tl.load(spans_E3 + 3 * e + 1, mask=e < E, other=0)
-    tiles = ((e + 1) * PER_EXPERT - pid + P - 1) // P - (e * PER_EXPERT - pid + P - 1) // P
+    tiles = _tiles_below((e + 1) * PER_EXPERT, pid, P) - _tiles_below(e * PER_EXPERT, pid, P)
     steps = tl.sum(tl.where(e < E, tiles * tl.maximum(1, (rows + BK - 1) // BK), 0))
     tl.store(steps_P + pid, steps)
     tl.debug_barrier()
@@ -76,13 +90,14 @@ def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3
     PER_EXPERT: tl.constexpr = M_TILES * N_TILES
     pid = tl.program_id(0)
     steps = _count_steps(spans_E3, steps_P, pid, E, E_POW2, PER_EXPERT, P, BK)
-    tile = pid - P
+    turn = -1
     row, last, expert, end, m, n = 0, 0, 0, 0, 0, 0
     acc = tl.zeros((BM, BN), tl.float32)
     for _ in tl.range(0, steps):
         row += BK
         if row >= last:
-            tile += P
+            turn += 1
+            tile = _tile_of(turn, pid, P)
             at = spans_E3 + 3 * (tile // PER_EXPERT)
             expert, row, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
             last = tl.maximum(end, row + 1)  # an expert without rows still takes one step, which stores zeros

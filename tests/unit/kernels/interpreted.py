@@ -41,7 +41,7 @@ def close(got, want, rows=None):
 
 
 def bound(name, tma):
-    return getattr(configs.INTERPRETED.on(2, tma, "ieee"), name)
+    return getattr(configs.INTERPRETED.on(3, tma, "ieee"), name)
 
 
 @settings(max_examples=25, deadline=None)
