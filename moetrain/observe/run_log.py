@@ -85,7 +85,8 @@ class RunLog:
 def _this_command() -> str:
     """The command that started this process, as one would type it: running it again resumes the run."""
     ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    arguments = shlex.join(argument for argument in sys.argv[1:] if argument != "run.resume=never")
     if ranks != here:
-        return f"the same launch of {ranks} ranks, with {shlex.join(sys.argv[1:])}"
+        return f"the same launch of {ranks} ranks, with {arguments}"
     launcher = f"torchrun --standalone --nproc-per-node {here}" if "LOCAL_RANK" in os.environ else "python"
-    return f"{launcher} -m moetrain {shlex.join(sys.argv[1:])}"
+    return f"{launcher} -m moetrain {arguments}"
