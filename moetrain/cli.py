@@ -72,6 +72,13 @@ def doctor(overrides: list[str]) -> None:
     print(diagnose())
 
 
+def methods(overrides: list[str]) -> None:
+    """list every choice of every configuration group, with what it is"""
+    from moetrain.config.compose import describe_groups
+
+    print(describe_groups())
+
+
 def report(arguments: list[str]) -> None:
     """summarise a run: moetrain report runs/quickstart"""
     from moetrain.observe.report import report
@@ -123,6 +130,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "mesh": mesh,
     "params": params,
     "doctor": doctor,
+    "methods": methods,
     "report": report,
     "tokenize": tokenize,
     "generate": generate,

@@ -64,6 +64,18 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
+def describe_groups() -> str:
+    """Every group and choice, each with the comment that heads its file."""
+    lines = []
+    for group in sorted(path for path in config_dir().iterdir() if path.is_dir()):
+        lines.append(f"{group.name}=")
+        for choice in sorted(group.glob("*.yaml")):
+            comments = [line for line in choice.read_text().splitlines() if line.startswith("# ")]
+            what = next((line[2:] for line in comments if not line.startswith("# @package")), "")
+            lines.append(f"  {choice.stem:<18} {what}")
+    return "\n".join(lines)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration, readable by `compose_file`."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moetrain.config.compose import config_dir, from_yaml, load_config, to_yaml
+from moetrain.config.compose import config_dir, describe_groups, from_yaml, load_config, to_yaml
 
 pytestmark = pytest.mark.unit
 
@@ -70,3 +70,11 @@ def test_the_stored_configuration_reads_back_equal(tmp_path):
 def test_the_schema_needs_no_torch():
     code = "import sys, moetrain.config.schema, moetrain.config.validate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_methods_lists_every_choice_with_what_it_is():
+    text = describe_groups()
+    for group, choice in groups():
+        lines = text.split(f"{group}=\n")[1].splitlines()
+        line = next(line for line in lines if line.split()[:1] == [choice])
+        assert len(line.split()) > 1, f"configs/{group}/{choice}.yaml has no comment to head it"
