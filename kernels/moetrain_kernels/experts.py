@@ -102,7 +102,7 @@ class _Experts(torch.autograd.Function):
             x, gate, w_up, w_down = (torch.zeros_like(t) for t in ctx.saved_tensors)
             return x, None, gate, w_up, w_down, None
         x_TD, gate_TK, w_gate_up_E2FD, w_down_EDF, h_R2F, *plan_tensors = ctx.saved_tensors
-        plan = RowPlan(*plan_tensors, block_m=ctx.config.block_m)
+        plan = RowPlan(*plan_tensors, ctx.config.block_m)
         dx, dgate, dw_up, dw_down = backward(
             dy_TD.contiguous(), x_TD, plan, gate_TK, (w_gate_up_E2FD, w_down_EDF), h_R2F, ctx.config,
             (need[0] or need[2], need[3], need[4]))

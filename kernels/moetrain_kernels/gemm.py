@@ -67,7 +67,7 @@ def grouped_gemm(
     out_RN = a.new_empty(plan.max_rows, num_n)
     w_rows = w_E.view(-1, w_E.shape[2])
     w_block = (tiles.bk, tiles.bn) if transposed else (tiles.bn, tiles.bk)
-    a_desc = block_desc(a, (tiles.bm, tiles.bk), tiles.tma)
+    a_desc = block_desc(a, (tiles.bm, tiles.bk), tiles.tma and not gather)  # a gradient from outside may be unaligned
     w_desc = block_desc(w_rows, w_block, tiles.tma)
     out_desc = block_desc(out_RN.view(-1, 1, num_n), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_n, tiles.bn))

@@ -74,6 +74,17 @@ def test_bound_on_rows_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(free, run(moe_experts, leaves, expert, dy, max_rows=bound)))
 
 
+def test_unaligned_and_expanded_gradients():
+    leaves, expert, dy = make((100, 256, 128, 8, 2), torch.bfloat16, "uniform")
+    padded = torch.empty(dy.numel() + 1, device="cuda", dtype=dy.dtype)
+    unaligned = padded[1:].view_as(dy).copy_(dy)
+    assert all(torch.equal(a, b) for a, b in zip(run(moe_experts, leaves, expert, dy),
+                                                 run(moe_experts, leaves, expert, unaligned)))
+    ones = torch.ones(1, 1, device="cuda", dtype=dy.dtype).expand_as(dy)
+    assert all(torch.equal(a, b) for a, b in zip(run(moe_experts, leaves, expert, ones),
+                                                 run(moe_experts, leaves, expert, ones.contiguous())))
+
+
 def test_repeats_bit_for_bit():
     leaves, expert, dy = make((4096, 1024, 512, 16, 4), torch.bfloat16, "uniform")
     first = run(moe_experts, leaves, expert, dy)
