@@ -82,7 +82,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path):
 
 
 def test_samples_of_the_ranks_are_disjoint_and_their_union_is_the_single_process(tmp_path):
-    short = ["train.steps=3", "train.eval_every=0", "balance=[switch]"]
+    short = ["train.steps=3", "train.eval_every=3", "train.precision=fp64", "balance.switch.scope=sequence"]
 
     def run(world, directory):
         config = load_config([*OVERRIDES, *short, f"run.dir={directory}", f"parallel.ep={world}"])
@@ -94,7 +94,9 @@ def test_samples_of_the_ranks_are_disjoint_and_their_union_is_the_single_process
     for world in (1, 2, 4):
         run_ranks(run, world, world, tmp_path / str(world))
         by_world[world] = rows(tmp_path / str(world), "samples.jsonl")
+    val_loss = {w: [row["val_loss"] for row in rows(tmp_path / str(w)) if "val_loss" in row] for w in (1, 2, 4)}
     for world in (2, 4):
+        assert val_loss[world] == pytest.approx(val_loss[1], rel=1e-9)  # before and after training
         for step in (1, 2, 3):
             single = [s for row in by_world[1] if row["step"] == step for s in row["ids"]]
             shares = [row["ids"] for row in by_world[world] if row["step"] == step]
