@@ -103,8 +103,11 @@ class _Experts(torch.autograd.Function):
             return x, None, gate, w_up, w_down, None
         x_TD, gate_TK, w_gate_up_E2FD, w_down_EDF, h_R2F, *plan_tensors = ctx.saved_tensors
         plan = RowPlan(*plan_tensors, ctx.config.block_m)
+        dy_TD = dy_TD.contiguous()
+        if dy_TD.data_ptr() % 16:  # a view at an odd offset: 2-byte loads would not pipeline
+            dy_TD = dy_TD.clone()
         dx, dgate, dw_up, dw_down = backward(
-            dy_TD.contiguous(), x_TD, plan, gate_TK, (w_gate_up_E2FD, w_down_EDF), h_R2F, ctx.config,
+            dy_TD, x_TD, plan, gate_TK, (w_gate_up_E2FD, w_down_EDF), h_R2F, ctx.config,
             (need[0] or need[2], need[3], need[4]))
         return dx, None, dgate, dw_up, dw_down, None
 
