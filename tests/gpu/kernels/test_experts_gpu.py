@@ -38,8 +38,12 @@ def make(shape, dtype, routing, seed=0):
     if routing == "holes":
         expert[torch.rand(num_t, top_k, device="cuda", generator=g) < 0.4] = -1
     gate = torch.rand(num_t, top_k, device="cuda", generator=g)
-    leaves = [randn(num_t, num_d), gate, randn(num_e, 2, num_f, num_d, scale=num_d**-0.5),
-              randn(num_e, num_d, num_f, scale=num_f**-0.5)]
+    leaves = [
+        randn(num_t, num_d),
+        gate,
+        randn(num_e, 2, num_f, num_d, scale=num_d**-0.5),
+        randn(num_e, num_d, num_f, scale=num_f**-0.5),
+    ]
     return leaves, expert, randn(num_t, num_d)
 
 
@@ -78,11 +82,15 @@ def test_unaligned_and_expanded_gradients():
     leaves, expert, dy = make((100, 256, 128, 8, 2), torch.bfloat16, "uniform")
     padded = torch.empty(dy.numel() + 1, device="cuda", dtype=dy.dtype)
     unaligned = padded[1:].view_as(dy).copy_(dy)
-    assert all(torch.equal(a, b) for a, b in zip(run(moe_experts, leaves, expert, dy),
-                                                 run(moe_experts, leaves, expert, unaligned)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(moe_experts, leaves, expert, dy), run(moe_experts, leaves, expert, unaligned))
+    )
     ones = torch.ones(1, 1, device="cuda", dtype=dy.dtype).expand_as(dy)
-    assert all(torch.equal(a, b) for a, b in zip(run(moe_experts, leaves, expert, ones),
-                                                 run(moe_experts, leaves, expert, ones.contiguous())))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(moe_experts, leaves, expert, ones), run(moe_experts, leaves, expert, ones.contiguous()))
+    )
 
 
 def test_repeats_bit_for_bit():
