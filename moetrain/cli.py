@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from moetrain.comm.start import is_rank0
+from moetrain.comm.env import is_rank0
 
 
 def main(argv: list[str] | None = None) -> int:

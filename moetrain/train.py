@@ -8,7 +8,8 @@ import random
 import numpy as np
 import torch
 
-from moetrain.comm.start import start_distributed, stop_distributed, world_size
+from moetrain.comm.env import world_size
+from moetrain.comm.start import start_distributed, stop_distributed
 from moetrain.config.compose import load_config
 from moetrain.config.schema import Config
 from moetrain.config.validate import validate

@@ -9,15 +9,6 @@ import torch
 import torch.distributed as dist
 
 
-def world_size() -> int:
-    """Ranks of this launch: torchrun's WORLD_SIZE, 1 without it. Touches neither ranks nor GPUs."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_rank0() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group and return this rank's device: its own GPU where there is one, else the CPU.
 
