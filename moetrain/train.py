@@ -1,30 +1,31 @@
-"""Lifecycle of `moetrain train`: compose -> typed configuration -> validate -> ranks -> Trainer -> fit."""
+"""Lifecycle of `moetrain train`: compose -> typed configuration -> validate -> ranks -> Trainer -> fit.
+
+torch is imported only once the configuration is accepted, so a refusal takes a second, on any machine.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 
-import numpy as np
-import torch
-
 from moetrain.comm.env import world_size
-from moetrain.comm.start import start_distributed, stop_distributed
 from moetrain.config.compose import load_config
+from moetrain.config.plugins import check_plugins
 from moetrain.config.schema import Config
 from moetrain.config.validate import validate
-from moetrain.model.build import build_model
-from moetrain.observe.trackers.build import build_trackers
-from moetrain.optim.build import build_optimizer
-from moetrain.trainer import Trainer
 
 
 def train(overrides: list[str]) -> None:
     """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
     config = load_config(overrides)
     layout = validate(config, world_size())
+    check_plugins(config)
     rehearse(config)
     set_determinism(config)
+
+    from moetrain.comm.start import start_distributed, stop_distributed
+    from moetrain.trainer import Trainer
+
     device = start_distributed()
     try:
         trainer = Trainer(config, layout, device)
@@ -38,6 +39,12 @@ def train(overrides: list[str]) -> None:
 
 def rehearse(config: Config) -> None:
     """Build every plugin once without storage, so that a value one of them refuses is refused before ranks start."""
+    import torch
+
+    from moetrain.model.build import build_model
+    from moetrain.observe.trackers.build import build_trackers
+    from moetrain.optim.build import build_optimizer
+
     with torch.device("meta"):
         build_model(config, "cuda" if torch.cuda.device_count() else "cpu")
     build_optimizer(config.optim, [("weight", torch.nn.Parameter(torch.zeros(1, 1)))])
@@ -46,6 +53,9 @@ def rehearse(config: Config) -> None:
 
 def set_determinism(config: Config) -> None:
     """Seed the global generators, which nothing of ours draws from, and forbid nondeterministic kernels if asked."""
+    import numpy as np
+    import torch
+
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from moetrain.config.schema import Config
+
+PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
+
 
 def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:
     """Call the node's `_target_` with its options and with `runtime`, which the caller knows (shapes, groups).
@@ -23,6 +27,12 @@ def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:
     except TypeError as error:
         raise ValueError(f"{where}: {node['_target_']}: {error}") from None
     return target(**options, **runtime)
+
+
+def check_plugins(config: Config) -> None:
+    """Check every plugin group's options against the constructors they name. Imports the plugins, hence torch."""
+    for group in PLUGIN_GROUPS:
+        check_options(group, getattr(config, group))
 
 
 def check_options(where: str, node: Mapping[str, Any]) -> None:

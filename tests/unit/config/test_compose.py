@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from moetrain.config.compose import config_dir, describe_groups, from_yaml, load_config, to_yaml
+from moetrain.config.plugins import check_plugins
 
 pytestmark = pytest.mark.unit
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.unit
 )
 def test_a_mistake_names_itself_and_the_nearest_key(override, words):
     with pytest.raises(ValueError) as error:
-        load_config([override])
+        check_plugins(load_config([override]))
     for word in words:
         assert word in str(error.value)
 
@@ -47,6 +48,7 @@ def groups():
 def test_every_choice_of_every_group_composes(group, choice):
     base = ["model=deepseek_v3"] if choice in ("sigmoid", "deepseek_v3") and group == "router" else []
     config = load_config([*base, f"{group}={choice}"])
+    check_plugins(config)
     assert config.run.dir.startswith("runs/")
 
 

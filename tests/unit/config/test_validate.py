@@ -1,5 +1,8 @@
 """Refusals: each names the key and the nearest legal value, without ranks, GPUs, or torch.distributed."""
 
+import subprocess
+import sys
+
 import pytest
 
 from moetrain.config.compose import load_config
@@ -56,3 +59,14 @@ def test_refusals(world, overrides, key, nearest):
 def test_the_default_configuration_runs_on_any_power_of_two(world):
     for ep in (1, world):
         assert validate(load_config([f"parallel.ep={ep}"]), world).ep == ep
+
+
+def test_a_refusal_needs_no_torch():
+    """So that it takes a second on a login node, whatever the machine."""
+    code = (
+        "import sys; from moetrain.cli import main; code = main(['train', 'parallel.ep=3']);"
+        "sys.exit(1 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "parallel.ep=3" in done.stderr
