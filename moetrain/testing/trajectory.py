@@ -88,3 +88,16 @@ def compare(run: list[Step], reference: list[Step]) -> Difference:
             if error > gradient:
                 gradient, where = error, f"{name} at step {index + 1}"
     return Difference(loss, norm, gradient, where)
+
+
+def flips(run: list[Step], reference: list[Step]) -> int:
+    """(step, MoE layer) pairs whose expert loads differ: in fp64 a single flipped routing choice shows here."""
+    keys = [key for key in reference[0].row if key.endswith(("/load_cv", "/load_max_over_mean", "/dead_experts"))]
+    assert keys, "no MoE layer reported its load"
+    pairs = {
+        (index, key.split("/")[1])
+        for index, (mine, theirs) in enumerate(zip(run, reference))
+        for key in keys
+        if abs(mine.row[key] - theirs.row[key]) > 1e-12
+    }
+    return len(pairs)
