@@ -37,7 +37,6 @@ NOT_RUNNING = {
     "parallel.pp": 1,
     "parallel.tp": 1,
     "parallel.cp": 1,
-    "parallel.etp": 1,
     "parallel.recompute": "none",
     "parallel.schedule": "1f1b",
 }
@@ -60,8 +59,10 @@ def validate(config: Config, world: int) -> Layout:
     check_data(config.data)
     if config.model.moe.n_experts:
         _check_experts(config, layout)
-    elif layout.ep > 1:
-        raise _refuse("parallel.ep", layout.ep, "needs experts, but model.moe.n_experts=0", 1)
+    else:
+        for key in ("ep", "etp"):
+            if getattr(layout, key) > 1:
+                raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
     return layout
 
@@ -85,11 +86,15 @@ def _check_experts(config: Config, layout: Layout) -> None:
         legal = [d for d in range(1, layout.world + 1) if layout.world % d == 0 and moe.n_experts % d == 0]
         nearest = min(legal, key=lambda d: abs(d - layout.ep))
         raise _refuse("parallel.ep", layout.ep, f"does not divide model.moe.n_experts={moe.n_experts}", nearest)
-    if moe.d_expert % layout.edp_shard:
-        # Expert weights are sharded along their hidden width; FSDP wants equal parts there.
-        nearest = max(1, round(moe.d_expert / layout.edp_shard)) * layout.edp_shard
-        reason = f"does not divide by the {layout.edp_shard} ranks that shard each expert"
-        raise _refuse("model.moe.d_expert", moe.d_expert, reason, nearest)
+    # FSDP shards an expert along its hidden width, or along d_model when etp has cut the width, and wants equal parts.
+    by_width, by_model = (layout.edp_shard, 1) if layout.etp == 1 else (layout.etp, layout.edp_shard)
+    _check_multiple("model.moe.d_expert", moe.d_expert, by_width, f"the {by_width} ranks that share each expert")
+    _check_multiple("model.d_model", config.model.d_model, by_model, f"the {by_model} ranks that shard each slice")
+
+
+def _check_multiple(key: str, value: int, of: int, what: str) -> None:
+    if value % of:
+        raise _refuse(key, value, f"does not divide by {what}", max(1, round(value / of)) * of)
 
 
 def _check_init(config: Config) -> None:

@@ -14,16 +14,16 @@ from torch.distributed.tensor import Shard
 
 from moetrain.mesh.build import Meshes
 from moetrain.moe.layer import MoELayer
-
-EXPERT_WIDTH_DIM = {"w_gate_up": 2, "w_down": 2}  # the F of w_gate_up [E, 2, F, D] and w_down [E, D, F]
+from moetrain.parallel.ep import EXPERT_MODEL_DIM, EXPERT_WIDTH_DIM
 
 
 def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precision: str) -> None:
     """Shard experts, then each block, then what is left (embedding, final norm, head) with the root."""
     policy = _policy(precision)
     for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
-        # Along F, not E: E is divided over ep already, and two axes on one dim would interleave the shards.
-        dims = {id(p): EXPERT_WIDTH_DIM[name] for name, p in layer.experts.named_parameters()}
+        # Along a dim that neither ep (E) nor etp (F) divides: two axes on one dim would interleave the shards.
+        free = EXPERT_WIDTH_DIM if meshes.layout.etp == 1 else EXPERT_MODEL_DIM
+        dims = {id(p): free[name] for name, p in layer.experts.named_parameters()}
         fully_shard(
             layer.experts,
             mesh=meshes.expert_fsdp,
