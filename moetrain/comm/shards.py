@@ -11,6 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight, with the gradient in the weight's own placement; a plain tensor as it is."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def gather_shards(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:

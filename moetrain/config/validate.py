@@ -6,6 +6,7 @@ Each refusal is a ValueError that names the key, the value, and the nearest lega
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 from moetrain.config.data import check_data
@@ -35,7 +36,6 @@ AT_LEAST = {
 # Legal arithmetic, but the code that runs them is still to come: refused by name rather than ignored.
 NOT_RUNNING = {
     "parallel.pp": 1,
-    "parallel.tp": 1,
     "parallel.cp": 1,
     "parallel.recompute": "none",
     "parallel.schedule": "1f1b",
@@ -57,6 +57,8 @@ def validate(config: Config, world: int) -> Layout:
     _check_batches(config, layout)
     check_model(config.model)
     check_data(config.data)
+    if layout.tp > 1:
+        _check_tp(config, layout)
     if config.model.moe.n_experts:
         _check_experts(config, layout)
     else:
@@ -78,6 +80,31 @@ def _check_batches(config: Config, layout: Layout) -> None:
         nearest = nearest_divisor(train.micro_batch, per_rank)
         reason = f"does not divide each data rank's {per_rank} sequences"
         raise _refuse("train.micro_batch", train.micro_batch, reason, nearest)
+
+
+def _check_tp(config: Config, layout: Layout) -> None:
+    model, attention, tp = config.model, config.model.attention, layout.tp
+    heads = {"n_heads": attention.n_heads}
+    if attention.kind == "gqa":
+        heads["n_kv_heads"] = attention.n_kv_heads
+    for key, value in heads.items():
+        if value % tp:
+            stage = layout.world // layout.pp
+            nearest = nearest_divisor(tp, math.gcd(stage, *heads.values()))
+            raise _refuse("parallel.tp", tp, f"does not divide model.attention.{key}={value}", nearest)
+    ranks = f"parallel.tp={tp}"
+    _check_multiple("model.vocab_size", model.vocab_size, tp, ranks)
+    _check_multiple("train.seq_len", config.train.seq_len, tp * layout.cp, f"{ranks} times parallel.cp={layout.cp}")
+    if not all(model.is_moe(layer) for layer in range(model.n_layers)):
+        _check_multiple("model.d_ff", model.d_ff, tp, ranks)
+    # Weights whose rows tp divides are sharded by FSDP along their columns, in equal parts.
+    columns = {"model.d_model": model.d_model}
+    if attention.kind == "mla":
+        columns["model.attention.kv_lora_rank"] = attention.kv_lora_rank
+        columns["model.attention.q_lora_rank"] = attention.q_lora_rank
+    shards = layout.dp_shard * layout.cp
+    for key, value in columns.items():
+        _check_multiple(key, value, shards, f"the {shards} ranks (dp_shard x cp) that shard each tp rank's weights")
 
 
 def _check_experts(config: Config, layout: Layout) -> None:

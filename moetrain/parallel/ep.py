@@ -34,7 +34,7 @@ def apply_ep(model: nn.Module, meshes: Meshes, dispatch: dict) -> None:
         sliced = meshes.layout.etp > 1
         layer.dispatcher = SlicedDispatch(dispatcher, meshes.expert.get_group("etp")) if sliced else dispatcher
         for plugin in layer.plugins().values():
-            plugin.tokens = meshes.tokens
+            plugin.tokens, plugin.row = meshes.tokens, meshes.row
 
 
 def _divide(parameter: Tensor, width_dim: int, meshes: Meshes) -> DTensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moetrain.mesh.build import Meshes
 from moetrain.moe.layer import MoELayer
@@ -31,12 +31,17 @@ def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precis
             shard_placement_fn=lambda p, dims=dims: Shard(dims[id(p)]),  # type: ignore[misc]
         )
     for block in blocks:
-        fully_shard(block, mesh=meshes.dense_fsdp, mp_policy=policy)
-    fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy)
+        fully_shard(block, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=_free_dim)
+    fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=_free_dim)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _free_dim(parameter: nn.Parameter) -> Shard:
+    """The first dim, unless tp divides that: two axes on one dim would interleave the shards."""
+    return Shard(1 if isinstance(parameter, DTensor) and parameter.placements[0].is_shard(0) else 0)
 
 
 def _policy(precision: str) -> MixedPrecisionPolicy:

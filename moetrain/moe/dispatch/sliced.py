@@ -23,8 +23,8 @@ class SlicedDispatch:
         self.inner, self.group = inner, group
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertFn) -> Tensor:
-        def over_all_slices(x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor) -> Tensor:
-            return self._compute(x_MD, expert_MK, gate_MK, experts)
+        def over_all_slices(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
+            return self._compute(x_TD, expert_TK, gate_TK, experts)
 
         return self.inner(x_TD, routing, over_all_slices)
 
