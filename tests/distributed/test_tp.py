@@ -1,10 +1,18 @@
 """Tensor and sequence parallelism against one process: dense layers, embedding, head, MoE layers on row stretches."""
 
 import pytest
+import torch
 
+from moetrain.config.compose import load_config
+from moetrain.config.validate import validate
+from moetrain.mesh.build import Meshes
+from moetrain.moe.balance import switch
+from moetrain.moe.dispatch import collective
+from moetrain.parallel import tp
 from moetrain.testing import run_ranks
 from moetrain.testing.small import SMALL_MODEL, write_documents
-from moetrain.testing.trajectory import compare, record
+from moetrain.testing.trajectory import compare, record, whole
+from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 BAR = 1e-9
@@ -35,6 +43,7 @@ MODELS = {
     "mla": [*DENSE, *MLA],
     "mla direct queries tied": [*DENSE, *MLA, "model.attention.q_lora_rank=0", "model.tie_embeddings=true"],
     "moe": [],
+    "moe four heads": ["model.attention.n_kv_heads=4", "model.attention.qk_norm=none"],
     "moe micro_batch scope": ["balance.switch.scope=micro_batch", "model.attention.qk_norm=full"],
 }
 LAYOUTS = {  # model, world, degrees, steps
@@ -53,6 +62,7 @@ LAYOUTS = {  # model, world, degrees, steps
     "tp2 dp2 etp2 ep2": ("moe", 4, ["parallel.tp=2", "parallel.etp=2", "parallel.ep=2"], 20),
     "tp2 dp2 etp4": ("moe", 4, ["parallel.tp=2", "parallel.etp=4"], 5),
     "tp2 dp2 replicated ep2": ("moe", 4, ["parallel.tp=2", "parallel.ep=2", "parallel.dp_replicate=2"], 5),
+    "tp4 etp2 ep2": ("moe four heads", 4, ["parallel.tp=4", "parallel.etp=2", "parallel.ep=2"], 5),
     "tp2 dp2 micro_batch scope": ("moe micro_batch scope", 4, ["parallel.tp=2", "parallel.ep=2"], 3),
 }
 
@@ -91,8 +101,8 @@ def worst(run, single):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_equals_one_process(name, documents, single, tmp_path):
     model, world, degrees, steps = LAYOUTS[name]
-    tp = int(degrees[0].split("=")[1])
-    options = overrides(documents, tmp_path, *MODELS[model], *degrees, dp=world // tp)
+    dp = world // int(degrees[0].split("=")[1])
+    options = overrides(documents, tmp_path, *MODELS[model], *degrees, dp=dp)
     ranks = run_ranks(record, world, options, steps)
     assert worst(ranks[0][0], single(model)) < BAR
     for run, _ in ranks[1:]:
@@ -100,3 +110,64 @@ def test_equals_one_process(name, documents, single, tmp_path):
     for mine, theirs in zip(ranks[0][0], single(model)):
         loads = [key for key in theirs.row if key.startswith("moe/") and "entropy" not in key]
         assert all(mine.row[key] == theirs.row[key] for key in loads), "a routing choice flipped"
+
+
+def doubled(x):
+    if x.requires_grad:
+        x.register_hook(lambda grad: 2 * grad)
+    return x
+
+
+def break_it(fault, monkeypatch):
+    plain = {"gather": tp.gather_shards, "rows": collective.all_to_all_rows, "replicated": tp._replicated}
+    if fault == "router not summed":
+        router = (8, 32)  # [E, D], the only parameter of this shape
+        monkeypatch.setattr(tp, "_replicated", lambda p: plain["replicated"](p) and tuple(p.shape) != router)
+    elif fault == "experts doubled":
+        monkeypatch.setattr(collective, "all_to_all_rows", lambda x, *a: doubled(plain["rows"](x, *a)))
+    elif fault == "swapped source rank":
+        monkeypatch.setattr(tp, "gather_shards", lambda x, dim, group: plain["gather"](x, dim, group).roll(32, dim))
+    elif fault == "rows balanced in parts":
+        monkeypatch.setattr(switch, "all_reduce_sum", lambda x, group: x.clone())
+    elif fault == "loss counted twice":
+        monkeypatch.setattr(Meshes, "tp_rank", 0)
+
+
+FAULTS = ["router not summed", "experts doubled", "swapped source rank", "rows balanced in parts", "loss counted twice"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monkeypatch):
+    reference = single("moe")
+    break_it(fault, monkeypatch)
+    options = overrides(documents, tmp_path, "parallel.tp=2", "parallel.ep=2")
+    run, _ = run_ranks(record, 2, options, 2)[0]
+    assert worst(run, reference) > 1e-6, f"{fault} went unnoticed"
+
+
+def train(options, steps):
+    """Steps done before and after, weights, and optimizer state, all whole."""
+    config = load_config([*options, f"train.steps={steps}"])
+    trainer = Trainer(config, validate(config, torch.distributed.get_world_size()), torch.device("cpu"))
+    first = trainer.step
+    trainer.fit()
+    state = {name: whole(p) for name, p in trainer.model.named_parameters()}
+    for name, p in trainer.model.named_parameters():
+        state |= {f"{name}.{slot}": whole(value) for slot, value in trainer.optimizer.state[p].items()}
+    trainer.close()
+    return first, state
+
+
+def test_a_run_moves_between_layouts(documents, single, tmp_path):
+    """Two steps under tp2 etp2, two in one process, two under tp2 ep4: the weights of six steps in one process."""
+    more = ["train.eval_every=2", "train.eval_batches=1", "run.log_samples=true", "optim.schedule.warmup_steps=100"]
+    straight = run_ranks(train, 1, [*overrides(documents, tmp_path / "straight"), *more], 6)[0][1]
+    layouts = [(4, ["parallel.tp=2", "parallel.etp=2"]), (1, []), (4, ["parallel.tp=2", "parallel.ep=4"])]
+    for index, (world, degrees) in enumerate(layouts):
+        options = overrides(documents, tmp_path / "moved", *more, *degrees, dp=max(1, world // 2))
+        first, moved = run_ranks(train, world, options, 2 * index + 2)[0]
+        assert first == 2 * index
+    assert moved.keys() == straight.keys()
+    for name, value in straight.items():
+        torch.testing.assert_close(moved[name], value, rtol=0, atol=1e-9, msg=name)
+    assert (tmp_path / "moved/samples.jsonl").read_text().count("\n") == 2 * 2 + 2 * 1 + 2 * 2  # each dp rank once
