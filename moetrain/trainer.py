@@ -32,6 +32,7 @@ from moetrain.optim.build import build_optimizer
 from moetrain.optim.clip import check_finite, clip_, grad_norm
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
+from moetrain.parallel.tp import sum_replicated_gradients
 from moetrain.plan.params import count, flops_per_token
 
 LOSS_CHUNK = 2048  # tokens whose logits exist at one time
@@ -99,8 +100,10 @@ class Trainer:
             loss = self._loss_sum(batch, totals) / totals.loss_tokens
             loss.backward()  # a sum over micro-batches and ranks: N is the whole global batch's
             ce_loss += loss.detach()
-        sums = reduce_step(ce_loss, stop, list(self.moe_layers.values()), self.meshes.data)
+        once = ce_loss if self.meshes.tp_rank == 0 else torch.zeros_like(ce_loss)  # tp ranks hold the same loss
+        sums = reduce_step(once, stop, list(self.moe_layers.values()), self.meshes.tokens)
         fill_missing_gradients(self.parameters)
+        sum_replicated_gradients(self.parameters, self.meshes)
         norm = grad_norm(self.parameters)
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
         check_finite(norm, self.step + 1, sample_ids)
@@ -146,7 +149,7 @@ class Trainer:
     def _loss_sum(self, batch: Batch, totals: Totals) -> Tensor:
         context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step)
         targets = {"target_T": batch.target_BS.flatten(), "mask_T": batch.loss_mask_BS.flatten()}
-        criterion = partial(chunked_cross_entropy, **targets, chunk=LOSS_CHUNK)
+        criterion = partial(chunked_cross_entropy, **targets, chunk=LOSS_CHUNK, group=self.meshes.vocabulary)
         return self.model(batch.token_BS, context, criterion)
 
     def _totals(self, batches: list[Batch]) -> Totals:

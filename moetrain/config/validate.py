@@ -6,6 +6,7 @@ Each refusal is a ValueError that names the key, the value, and the nearest lega
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 from moetrain.config.data import check_data
@@ -35,9 +36,7 @@ AT_LEAST = {
 # Legal arithmetic, but the code that runs them is still to come: refused by name rather than ignored.
 NOT_RUNNING = {
     "parallel.pp": 1,
-    "parallel.tp": 1,
     "parallel.cp": 1,
-    "parallel.etp": 1,
     "parallel.recompute": "none",
     "parallel.schedule": "1f1b",
 }
@@ -58,10 +57,14 @@ def validate(config: Config, world: int) -> Layout:
     _check_batches(config, layout)
     check_model(config.model)
     check_data(config.data)
+    if layout.tp > 1:
+        _check_tp(config, layout)
     if config.model.moe.n_experts:
         _check_experts(config, layout)
-    elif layout.ep > 1:
-        raise _refuse("parallel.ep", layout.ep, "needs experts, but model.moe.n_experts=0", 1)
+    else:
+        for key in ("ep", "etp"):
+            if getattr(layout, key) > 1:
+                raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
     return layout
 
@@ -79,17 +82,46 @@ def _check_batches(config: Config, layout: Layout) -> None:
         raise _refuse("train.micro_batch", train.micro_batch, reason, nearest)
 
 
+def _check_tp(config: Config, layout: Layout) -> None:
+    model, attention, tp = config.model, config.model.attention, layout.tp
+    heads = {"n_heads": attention.n_heads}
+    if attention.kind == "gqa":
+        heads["n_kv_heads"] = attention.n_kv_heads
+    for key, value in heads.items():
+        if value % tp:
+            stage = layout.world // layout.pp
+            nearest = nearest_divisor(tp, math.gcd(stage, *heads.values()))
+            raise _refuse("parallel.tp", tp, f"does not divide model.attention.{key}={value}", nearest)
+    ranks = f"parallel.tp={tp}"
+    _check_multiple("model.vocab_size", model.vocab_size, tp, ranks)
+    _check_multiple("train.seq_len", config.train.seq_len, tp * layout.cp, f"{ranks} times parallel.cp={layout.cp}")
+    if not all(model.is_moe(layer) for layer in range(model.n_layers)):
+        _check_multiple("model.d_ff", model.d_ff, tp, ranks)
+    # Weights whose rows tp divides are sharded by FSDP along their columns, in equal parts.
+    columns = {"model.d_model": model.d_model}
+    if attention.kind == "mla":
+        columns["model.attention.kv_lora_rank"] = attention.kv_lora_rank
+        columns["model.attention.q_lora_rank"] = attention.q_lora_rank
+    shards = layout.dp_shard * layout.cp
+    for key, value in columns.items():
+        _check_multiple(key, value, shards, f"the {shards} ranks (dp_shard x cp) that shard each tp rank's weights")
+
+
 def _check_experts(config: Config, layout: Layout) -> None:
     moe = config.model.moe
     if moe.n_experts % layout.ep:
         legal = [d for d in range(1, layout.world + 1) if layout.world % d == 0 and moe.n_experts % d == 0]
         nearest = min(legal, key=lambda d: abs(d - layout.ep))
         raise _refuse("parallel.ep", layout.ep, f"does not divide model.moe.n_experts={moe.n_experts}", nearest)
-    if moe.d_expert % layout.edp_shard:
-        # Expert weights are sharded along their hidden width; FSDP wants equal parts there.
-        nearest = max(1, round(moe.d_expert / layout.edp_shard)) * layout.edp_shard
-        reason = f"does not divide by the {layout.edp_shard} ranks that shard each expert"
-        raise _refuse("model.moe.d_expert", moe.d_expert, reason, nearest)
+    # FSDP shards an expert along its hidden width, or along d_model when etp has cut the width, and wants equal parts.
+    by_width, by_model = (layout.edp_shard, 1) if layout.etp == 1 else (layout.etp, layout.edp_shard)
+    _check_multiple("model.moe.d_expert", moe.d_expert, by_width, f"the {by_width} ranks that share each expert")
+    _check_multiple("model.d_model", config.model.d_model, by_model, f"the {by_model} ranks that shard each slice")
+
+
+def _check_multiple(key: str, value: int, of: int, what: str) -> None:
+    if value % of:
+        raise _refuse(key, value, f"does not divide by {what}", max(1, round(value / of)) * of)
 
 
 def _check_init(config: Config) -> None:

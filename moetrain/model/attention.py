@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config.model import ModelConfig
-from moetrain.model.core import ForwardContext, attend
+from moetrain.model.core import ForwardContext, Gather, attend, whole
 from moetrain.model.norm import RMSNorm
 from moetrain.model.rope import rotate
 
 
 class GQA(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) with optional biases and normalised queries and keys."""
+    """Grouped-query attention (arXiv:2305.13245) with optional biases and normalised queries and keys.
+
+    gather: makes whole rows of what may be a stretch of them; parallel/tp.py sets it, and w_o then cuts them again.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = a = config.attention
+        self.gather: Gather = whole
         q_dim, kv_dim = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
         self.w_q = nn.Linear(config.d_model, q_dim, bias=a.qkv_bias)
         self.w_k = nn.Linear(config.d_model, kv_dim, bias=a.qkv_bias)
@@ -32,6 +36,7 @@ class GQA(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         a = self.config
+        x_BSD = self.gather(x_BSD)
         q, k, v = self.w_q(x_BSD), self.w_k(x_BSD), self.w_v(x_BSD)
         if a.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -47,12 +52,13 @@ class MLA(nn.Module):
     """Multi-head latent attention (arXiv:2405.04434 §2.1).
 
     Keys and values come from one narrow latent; a rotated key, shared by all heads, carries the position. Queries may
-    be compressed too.
+    be compressed too. gather: as in GQA, but of the narrow latents.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = a = config.attention
+        self.gather: Gather = whole
         if a.q_lora_rank:
             self.w_q_down = nn.Linear(config.d_model, a.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(a.q_lora_rank, config.norm_eps)
@@ -68,10 +74,10 @@ class MLA(nn.Module):
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         a = self.config
         latent_q = self.q_norm(self.w_q_down(x_BSD)) if a.q_lora_rank else x_BSD
-        q = self.w_q(latent_q).unflatten(-1, (-1, a.qk_dim)).transpose(1, 2)
+        q = self.w_q(self.gather(latent_q)).unflatten(-1, (-1, a.qk_dim)).transpose(1, 2)
         q_nope, q_rope = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
 
-        latent_kv, k_rope = self.w_kv_down(x_BSD).split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
+        latent_kv, k_rope = self.gather(self.w_kv_down(x_BSD)).split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
         kv = self.w_kv(self.kv_norm(latent_kv)).unflatten(-1, (-1, a.qk_nope_head_dim + a.v_head_dim)).transpose(1, 2)
         k_nope, v = kv.split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
 

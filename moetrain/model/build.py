@@ -37,5 +37,6 @@ def build_model(config: Config, device_type: str) -> Decoder:
 
 def build_backend(config: Config, device_type: str) -> ExpertBackend:
     """The expert backend of `experts=` for this run's shapes, precision, and device."""
-    shapes = {"d_model": config.model.d_model, "d_expert": config.model.moe.d_expert}
+    width = config.model.moe.d_expert // config.parallel.etp  # of the slice that this rank multiplies
+    shapes = {"d_model": config.model.d_model, "d_expert": width}
     return build_plugin("experts", config.experts, precision=config.train.precision, device_type=device_type, **shapes)

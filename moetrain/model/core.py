@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,14 @@ from moetrain.config.model import AttentionConfig
 from moetrain.model import rope
 from moetrain.moe.types import TokenContext
 
+T = TypeVar("T")
+Gather = Callable[[Tensor], Tensor]
 BLOCK = 128  # FlexAttention's tile edge
+
+
+def whole(x: T) -> T:
+    """The rows that are here are whole: the default of every seam at which they might not be."""
+    return x
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.comm.shards import local
 from moetrain.config.model import ModelConfig, check_model
 from moetrain.model.block import Block, BuildMoE
-from moetrain.model.core import share
+from moetrain.model.core import Gather, share, whole
 from moetrain.model.norm import RMSNorm
 from moetrain.moe.types import TokenContext
 
@@ -21,6 +22,7 @@ class Decoder(nn.Module):
 
     build_moe(layer) makes a MoE layer with `moe(x_BSD, context, carry) -> (y_BSD, carry)`.
     documents: attention ends with each document of a packed row (data.documents=stop); otherwise a row is one text.
+    gather: as in attention.GQA; with a divided vocabulary (parallel/tp.py) the head's weight and the logits are parts.
     Parameters: embed.weight, layers.{i}.*, norm.weight, and, unless tied, head.weight. ValueError for illegal shapes.
     """
 
@@ -28,6 +30,7 @@ class Decoder(nn.Module):
         super().__init__()
         check_model(config)
         self.config, self.documents = config, documents
+        self.gather: Gather = whole
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         # A dict keeps a layer's number, and so its parameters' names, in a pipeline stage that holds only some of them.
         self.layers = nn.ModuleDict({str(i): Block(config, i, build_moe) for i in range(config.n_layers)})
@@ -41,8 +44,8 @@ class Decoder(nn.Module):
         carry: Tensor | None = None
         for block in self.layers.values():
             x_BSD, carry = block(x_BSD, shared, carry)
-        h_BSD = self.norm(x_BSD)
-        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        h_BSD = self.gather(self.norm(x_BSD))
+        weight_VD = local(self.embed.weight if self.head is None else self.head.weight)
         if criterion is None:
             return F.linear(h_BSD, weight_VD)
         return criterion(h_BSD.flatten(0, 1), weight_VD)

@@ -11,6 +11,7 @@ from moetrain.model.decoder import Decoder
 from moetrain.parallel.ep import apply_ep
 from moetrain.parallel.fsdp import apply_fsdp
 from moetrain.parallel.initialize import initialise, materialise
+from moetrain.parallel.tp import apply_tp
 
 MASTER_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
@@ -19,10 +20,11 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
     """The model, divided over the meshes and initialised, with master weights on `device`."""
     with torch.device("meta"):
         model = build_model(config, device.type)
-    apply_ep(model, meshes, config.dispatch)  # 1. which experts are here
+    apply_tp(model, meshes)  # 1. which heads, columns, and words are here
+    apply_ep(model, meshes, config.dispatch)  # 2. which experts are here
     apply_fsdp(
         model, list(model.layers.values()), meshes, config.train.precision
-    )  # 2. which part of each parameter is here
-    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 3. storage for that part
-    initialise(model, config.run.seed, config.model.init_std)  # 4. the same values under every layout
+    )  # 3. which part of each parameter is here
+    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 4. storage for that part
+    initialise(model, config.run.seed, config.model.init_std)  # 5. the same values under every layout
     return model

@@ -10,20 +10,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moetrain.mesh.build import Meshes
 from moetrain.moe.layer import MoELayer
-
-EXPERT_WIDTH_DIM = {"w_gate_up": 2, "w_down": 2}  # the F of w_gate_up [E, 2, F, D] and w_down [E, D, F]
+from moetrain.parallel.ep import EXPERT_MODEL_DIM, EXPERT_WIDTH_DIM
 
 
 def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precision: str) -> None:
     """Shard experts, then each block, then what is left (embedding, final norm, head) with the root."""
     policy = _policy(precision)
     for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
-        # Along F, not E: E is divided over ep already, and two axes on one dim would interleave the shards.
-        dims = {id(p): EXPERT_WIDTH_DIM[name] for name, p in layer.experts.named_parameters()}
+        # Along a dim that neither ep (E) nor etp (F) divides: two axes on one dim would interleave the shards.
+        free = EXPERT_WIDTH_DIM if meshes.layout.etp == 1 else EXPERT_MODEL_DIM
+        dims = {id(p): free[name] for name, p in layer.experts.named_parameters()}
         fully_shard(
             layer.experts,
             mesh=meshes.expert_fsdp,
@@ -31,12 +31,17 @@ def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precis
             shard_placement_fn=lambda p, dims=dims: Shard(dims[id(p)]),  # type: ignore[misc]
         )
     for block in blocks:
-        fully_shard(block, mesh=meshes.dense_fsdp, mp_policy=policy)
-    fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy)
+        fully_shard(block, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=_free_dim)
+    fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=_free_dim)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _free_dim(parameter: nn.Parameter) -> Shard:
+    """The first dim, unless tp divides that: two axes on one dim would interleave the shards."""
+    return Shard(1 if isinstance(parameter, DTensor) and parameter.placements[0].is_shard(0) else 0)
 
 
 def _policy(precision: str) -> MixedPrecisionPolicy:

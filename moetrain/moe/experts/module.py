@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from moetrain.comm.shards import local
 from moetrain.moe.experts.base import ExpertBackend
 
 
 class Experts(nn.Module):
-    """w_gate_up [E, 2, F, D], w_down [E, D, F], divided over the ep mesh along E by parallel/ep.py."""
+    """w_gate_up [E, 2, F, D], w_down [E, D, F], divided along E and F by parallel/ep.py."""
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int, backend: ExpertBackend) -> None:
         super().__init__()
@@ -19,8 +19,4 @@ class Experts(nn.Module):
         self.backend = backend
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
-        return self.backend(x_TD, expert_TK, gate_TK, _local(self.w_gate_up), _local(self.w_down))
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+        return self.backend(x_TD, expert_TK, gate_TK, local(self.w_gate_up), local(self.w_down))

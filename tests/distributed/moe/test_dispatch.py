@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from moetrain.moe.dispatch.collective import CollectiveDispatch
 from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.dispatch.sliced import SlicedDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
@@ -68,6 +70,41 @@ def test_equals_one_process(case):
     for index, w in ((3, w1), (4, w2)):
         got = torch.cat([r[index] for r in ranks])
         torch.testing.assert_close(got, w.grad, rtol=1e-12, atol=1e-12)
+
+
+def one_rank_of_slices(case, ep):
+    """ep blocks of experts, the width cut over the other ranks: world = ep * etp, etp fastest."""
+    rank, etp = dist.get_rank(), WORLD // ep
+    x, expert, gate, upstream = data(rank, case)
+    block = slice(rank // etp * E // ep, (rank // etp + 1) * E // ep)
+    width = slice(rank % etp * H // etp, (rank % etp + 1) * H // etp)
+    w1, w2 = weights()
+    w1, w2 = w1[block, :, width].clone().requires_grad_(), w2[block, :, width].clone().requires_grad_()
+    mesh = init_device_mesh("cpu", (ep, etp), mesh_dim_names=("ep", "etp"))
+    inner = CollectiveDispatch(E, mesh.get_group("ep")) if ep > 1 else LocalDispatch()
+    backend = ReferenceExperts()
+    dispatcher = SlicedDispatch(inner, mesh.get_group("etp"))
+    y = dispatcher(x, routing(expert, gate), lambda a, b, c: backend(a, b, c, w1, w2))
+    y.backward(upstream)
+    return y.detach(), x.grad, gate.grad, w1.grad, w2.grad, block, width
+
+
+@pytest.mark.parametrize(
+    ("ep", "case"), [(1, "uneven"), (2, "uneven"), (2, "nothing_on_rank_1"), (2, "all_to_one_expert")]
+)
+def test_slices_of_experts_equal_one_process(ep, case, monkeypatch):
+    monkeypatch.setitem(globals(), "H", 8)  # a width that four ranks can share
+    ranks = run_ranks(one_rank_of_slices, WORLD, case, ep)
+    w1, w2 = (w.requires_grad_() for w in weights())
+    for rank in range(WORLD):
+        x, expert, gate, upstream = data(rank, case)
+        y = LocalDispatch()(x, routing(expert, gate), lambda a, b, c: ReferenceExperts()(a, b, c, w1, w2))
+        y.backward(upstream)
+        for got, expected in zip(ranks[rank][:3], (y, x.grad, gate.grad)):
+            torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=1e-12)
+    for *_, got1, got2, block, width in ranks:
+        torch.testing.assert_close(got1, w1.grad[block, :, width], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got2, w2.grad[block, :, width], rtol=1e-12, atol=1e-12)
 
 
 def test_a_token_travels_once_per_rank_not_once_per_expert(monkeypatch):
