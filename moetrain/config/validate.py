@@ -15,6 +15,7 @@ from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
 CHOICES = {
     "train.precision": ("fp64", "fp32", "bf16"),
+    "parallel.cp_method": ("allgather", "ring", "ulysses"),
     "parallel.recompute": ("none", "full", "selective"),
     "parallel.schedule": ("1f1b", "interleaved", "zbv", "dualpipev"),
     "data.documents": ("stop", "cross"),
@@ -36,7 +37,6 @@ AT_LEAST = {
 NOT_RUNNING = {
     "parallel.pp": 1,
     "parallel.tp": 1,
-    "parallel.cp": 1,
     "parallel.etp": 1,
     "parallel.recompute": "none",
     "parallel.schedule": "1f1b",
@@ -57,6 +57,7 @@ def validate(config: Config, world: int) -> Layout:
             raise _refuse(key, _get(config, key), "is not running yet", only)
     _check_batches(config, layout)
     check_model(config.model)
+    _check_cp(config, layout)
     check_data(config.data)
     if config.model.moe.n_experts:
         _check_experts(config, layout)
@@ -77,6 +78,19 @@ def _check_batches(config: Config, layout: Layout) -> None:
         nearest = nearest_divisor(train.micro_batch, per_rank)
         reason = f"does not divide each data rank's {per_rank} sequences"
         raise _refuse("train.micro_batch", train.micro_batch, reason, nearest)
+
+
+def _check_cp(config: Config, layout: Layout) -> None:
+    chunks, seq_len, heads = 2 * layout.cp, config.train.seq_len, config.model.attention.n_heads
+    if layout.cp == 1:
+        return
+    if seq_len % chunks:
+        reason = f"does not divide into the {chunks} chunks of parallel.cp={layout.cp}"
+        raise _refuse("train.seq_len", seq_len, reason, max(1, round(seq_len / chunks)) * chunks)
+    if config.parallel.cp_method == "ulysses" and heads % (layout.cp * layout.tp):
+        shared = f"tp={layout.tp} x cp={layout.cp}" if layout.tp > 1 else f"cp={layout.cp}"
+        reason = f"cannot divide model.attention.n_heads={heads} between {shared}"
+        raise _refuse("parallel.cp_method", "ulysses", reason, "allgather")
 
 
 def _check_experts(config: Config, layout: Layout) -> None:

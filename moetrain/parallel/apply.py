@@ -8,6 +8,7 @@ from moetrain.config.schema import Config
 from moetrain.mesh.build import Meshes
 from moetrain.model.build import build_model
 from moetrain.model.decoder import Decoder
+from moetrain.parallel.cp import apply_cp
 from moetrain.parallel.ep import apply_ep
 from moetrain.parallel.fsdp import apply_fsdp
 from moetrain.parallel.initialize import initialise, materialise
@@ -20,9 +21,10 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
     with torch.device("meta"):
         model = build_model(config, device.type)
     apply_ep(model, meshes, config.dispatch)  # 1. which experts are here
+    apply_cp(model, meshes, config.parallel.cp_method)  # 2. which positions of a row are here
     apply_fsdp(
         model, list(model.layers.values()), meshes, config.train.precision
-    )  # 2. which part of each parameter is here
-    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 3. storage for that part
-    initialise(model, config.run.seed, config.model.init_std)  # 4. the same values under every layout
+    )  # 3. which part of each parameter is here
+    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 4. storage for that part
+    initialise(model, config.run.seed, config.model.init_std)  # 5. the same values under every layout
     return model

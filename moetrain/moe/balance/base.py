@@ -20,6 +20,7 @@ class Balance(nn.Module):
         the global batch (int64, summed over ranks). Must be a deterministic function of it, so every rank agrees.
     bias_E: fp32 [E] added to the selection score, or None.
     tokens: the ranks that hold the other tokens of a micro-step; None is this process alone. Set by parallel/apply.py.
+    row: those among them that hold the other tokens of this process's rows; None where it holds whole rows.
     """
 
     bias_E: Tensor | None
@@ -28,6 +29,7 @@ class Balance(nn.Module):
         super().__init__()
         self.register_buffer("bias_E", None)
         self.tokens: dist.ProcessGroup | None = None
+        self.row: dist.ProcessGroup | None = None
 
     def on_routing(self, routing: Routing) -> Tensor | None:
         return None
