@@ -32,6 +32,7 @@ from moetrain.optim.build import build_optimizer
 from moetrain.optim.clip import check_finite, clip_, grad_norm
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
+from moetrain.parallel.cp import held_places
 from moetrain.parallel.tp import sum_replicated_gradients
 from moetrain.plan.params import count, flops_per_token
 
@@ -51,6 +52,7 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir, keep=config.checkpoint.keep)
         self.meshes = build_meshes(layout, device.type)
         self.loader = self._build_loader()
+        self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
         self.model = build_parallel_model(config, self.meshes, device)
         self.moe_layers = {
             int(name.split(".")[1]): module
@@ -93,7 +95,7 @@ class Trainer:
 
     def train_step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
         """One optimizer step. Returns its metrics row and whether any rank was asked to stop."""
-        batches = [batch.to(self.device) for batch in self.loader.next_step()]
+        batches = [self._mine(batch) for batch in self.loader.next_step()]
         totals = self._totals(batches)
         ce_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
@@ -124,7 +126,7 @@ class Trainer:
         """Mean loss in nats per token over the first held-out rows; the same rows every time."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batches in self.loader.validation(self.config.train.eval_batches):
-            for batch in (b.to(self.device) for b in batches):
+            for batch in map(self._mine, batches):
                 sums[0] += self._loss_sum(batch, self._totals([batch])).double()
                 sums[1] += batch.loss_mask_BS.sum()
         loss, tokens = all_reduce_sum(sums, self.meshes.data).tolist()
@@ -145,6 +147,10 @@ class Trainer:
         self.log.close()
         if self.rank0:
             self.lock.release()
+
+    def _mine(self, batch: Batch) -> Batch:
+        """The positions that this rank keeps of the rows that its cp group shares."""
+        return batch.take(self.place_S).to(self.device)
 
     def _loss_sum(self, batch: Batch, totals: Totals) -> Tensor:
         context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step)

@@ -49,7 +49,12 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """Degrees of the folded meshes; dp, edp and their splits are derived (mesh/layout.py)."""
+    """Degrees of the folded meshes; dp, edp and their splits are derived (mesh/layout.py).
+
+    cp_method: how attention sees the rest of a row that cp ranks share: allgather (keys and values of the whole row on
+    each) | ring (they travel, one share at a time) | ulysses (each rank takes whole rows of some heads; n_heads must
+    divide by cp).
+    """
 
     pp: int = 1
     tp: int = 1
@@ -57,6 +62,7 @@ class ParallelConfig:
     ep: int = 1
     etp: int = 1
     dp_replicate: int = 1
+    cp_method: str = "allgather"
     recompute: str = "none"
     schedule: str = "1f1b"
 

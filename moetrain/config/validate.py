@@ -16,6 +16,7 @@ from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
 CHOICES = {
     "train.precision": ("fp64", "fp32", "bf16"),
+    "parallel.cp_method": ("allgather", "ring", "ulysses"),
     "parallel.recompute": ("none", "full", "selective"),
     "parallel.schedule": ("1f1b", "interleaved", "zbv", "dualpipev"),
     "data.documents": ("stop", "cross"),
@@ -36,7 +37,6 @@ AT_LEAST = {
 # Legal arithmetic, but the code that runs them is still to come: refused by name rather than ignored.
 NOT_RUNNING = {
     "parallel.pp": 1,
-    "parallel.cp": 1,
     "parallel.recompute": "none",
     "parallel.schedule": "1f1b",
 }
@@ -56,6 +56,7 @@ def validate(config: Config, world: int) -> Layout:
             raise _refuse(key, _get(config, key), "is not running yet", only)
     _check_batches(config, layout)
     check_model(config.model)
+    _check_cp(config, layout)
     check_data(config.data)
     if layout.tp > 1:
         _check_tp(config, layout)
@@ -105,6 +106,19 @@ def _check_tp(config: Config, layout: Layout) -> None:
     shards = layout.dp_shard * layout.cp
     for key, value in columns.items():
         _check_multiple(key, value, shards, f"the {shards} ranks (dp_shard x cp) that shard each tp rank's weights")
+
+
+def _check_cp(config: Config, layout: Layout) -> None:
+    chunks, seq_len, heads = 2 * layout.cp, config.train.seq_len, config.model.attention.n_heads
+    if layout.cp == 1:
+        return
+    if seq_len % chunks:
+        reason = f"does not divide into the {chunks} chunks of parallel.cp={layout.cp}"
+        raise _refuse("train.seq_len", seq_len, reason, max(1, round(seq_len / chunks)) * chunks)
+    if config.parallel.cp_method == "ulysses" and heads % (layout.cp * layout.tp):
+        shared = f"tp={layout.tp} x cp={layout.cp}" if layout.tp > 1 else f"cp={layout.cp}"
+        reason = f"cannot divide model.attention.n_heads={heads} between {shared}"
+        raise _refuse("parallel.cp_method", "ulysses", reason, "allgather")
 
 
 def _check_experts(config: Config, layout: Layout) -> None:

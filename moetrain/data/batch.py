@@ -40,6 +40,17 @@ class Batch:
     document_BS: torch.Tensor
     sample_ids: list[str]
 
+    def take(self, place_S: torch.Tensor) -> Batch:
+        """Only these places of each row, in this order; what is known of each token stays what it was in its row."""
+        return Batch(
+            self.token_BS[:, place_S],
+            self.target_BS[:, place_S],
+            self.loss_mask_BS[:, place_S],
+            self.position_BS[:, place_S],
+            self.document_BS[:, place_S],
+            self.sample_ids,
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         return Batch(

@@ -51,6 +51,11 @@ class Meshes:
         return self.attention.get_group("tp") if self.layout.tp > 1 else None
 
     @property
+    def cp(self) -> DeviceMesh:
+        """The ranks that read the same rows and keep different positions of them."""
+        return self.attention["cp"]
+
+    @property
     def dp_rank(self) -> int:
         """Which share of the global batch this rank reads, 0 <= dp_rank < layout.dp."""
         replicate = self.attention.get_local_rank("dp_replicate")

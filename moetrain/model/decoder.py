@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moetrain.comm.shards import local
 from moetrain.config.model import ModelConfig, check_model
 from moetrain.model.block import Block, BuildMoE
-from moetrain.model.core import Gather, share, whole
+from moetrain.model.core import WHOLE_ROWS, Gather, RowAttention, share, whole
 from moetrain.model.norm import RMSNorm
 from moetrain.moe.types import TokenContext
 
@@ -31,6 +31,7 @@ class Decoder(nn.Module):
         check_model(config)
         self.config, self.documents = config, documents
         self.gather: Gather = whole
+        self.row_attention: RowAttention = WHOLE_ROWS  # parallel/cp.py replaces it where rows are cut between ranks
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         # A dict keeps a layer's number, and so its parameters' names, in a pipeline stage that holds only some of them.
         self.layers = nn.ModuleDict({str(i): Block(config, i, build_moe) for i in range(config.n_layers)})
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
     def forward(self, token_BS: Tensor, context: TokenContext, criterion: Criterion | None = None) -> Tensor:
         """Logits [B, S, V], or criterion(h_TD, head_weight_VD), which need not hold all logits at once."""
         x_BSD = self.embed(token_BS)
-        shared = share(context, self.config.attention, x_BSD.dtype, self.documents)
+        shared = share(context, self.config.attention, x_BSD.dtype, self.documents, self.row_attention)
         carry: Tensor | None = None
         for block in self.layers.values():
             x_BSD, carry = block(x_BSD, shared, carry)

@@ -8,6 +8,7 @@ from moetrain.config.schema import Config
 from moetrain.mesh.build import Meshes
 from moetrain.model.build import build_model
 from moetrain.model.decoder import Decoder
+from moetrain.parallel.cp import apply_cp
 from moetrain.parallel.ep import apply_ep
 from moetrain.parallel.fsdp import apply_fsdp
 from moetrain.parallel.initialize import initialise, materialise
@@ -22,9 +23,9 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
         model = build_model(config, device.type)
     apply_tp(model, meshes)  # 1. which heads, columns, and words are here
     apply_ep(model, meshes, config.dispatch)  # 2. which experts are here
-    apply_fsdp(
-        model, list(model.layers.values()), meshes, config.train.precision
-    )  # 3. which part of each parameter is here
-    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 4. storage for that part
-    initialise(model, config.run.seed, config.model.init_std)  # 5. the same values under every layout
+    apply_cp(model, meshes, config.parallel.cp_method)  # 3. which positions of a row are here
+    blocks = list(model.layers.values())
+    apply_fsdp(model, blocks, meshes, config.train.precision)  # 4. which part of each parameter is here
+    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 5. storage for that part
+    initialise(model, config.run.seed, config.model.init_std)  # 6. the same values under every layout
     return model

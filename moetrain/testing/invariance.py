@@ -57,6 +57,10 @@ CASES = [
     _case(4, dp_replicate=4, ep=4),
     _case(8, ep=8),
     _case(8, dp_replicate=2, ep=4),
+    _case(2, quick=True, tp=2),
+    _case(2, quick=True, cp=2),
+    _case(4, quick=True, tp=2, cp=2, ep=4),
+    _case(4, tp=2, cp=2, etp=2, ep=2),
 ]
 
 
