@@ -21,6 +21,7 @@ class Meshes:
     shard them, because both hold the same parameters and different tokens.
     dense_fsdp, expert_fsdp: what `fully_shard` takes: [shard], or [replicate, shard] when there are replicas.
     data: the stage's ranks that read different tokens (dp x cp); a step's losses and counts are summed over them.
+    row: the ranks that hold stretches of the same rows (cp x tp); None if this rank holds whole rows.
     tokens: the stage's ranks whose MoE layers route different tokens (dp x cp x tp).
     """
 
@@ -32,6 +33,7 @@ class Meshes:
     expert_fsdp: DeviceMesh
     data: dist.ProcessGroup
     tokens: dist.ProcessGroup
+    row: dist.ProcessGroup | None
 
     @property
     def ep(self) -> DeviceMesh:
@@ -54,6 +56,7 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Create every process group of `layout`. Collective: all ranks call it with the same layout."""
     assert dist.get_world_size() == layout.world, f"world {dist.get_world_size()} is not the layout's {layout.world}"
     pp, tp, data = layout.pp, layout.tp, layout.dp * layout.cp
+    row = layout.cp * tp
     fsdp = {"pp": pp, "dp_replicate": layout.dp_replicate, "fsdp": layout.dp_shard * layout.cp, "tp": tp}
     dense = _mesh(fsdp, device_type)
     expert = _mesh(layout.expert, device_type)
@@ -66,6 +69,7 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
         expert_fsdp=_with_replicas(expert, "edp_replicate", "edp_shard"),
         data=_mesh({"pp": pp, "data": data, "tp": tp}, device_type).get_group("data"),
         tokens=_mesh({"pp": pp, "tokens": data * tp}, device_type).get_group("tokens"),
+        row=_mesh({"rows": layout.world // row, "row": row}, device_type).get_group("row") if row > 1 else None,
     )
 
 

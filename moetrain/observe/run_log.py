@@ -65,9 +65,8 @@ class RunLog:
             return
         gathered: list[Any] | None = [None] * dist.get_world_size() if self.writes else None
         dist.gather_object((dp, ids), gathered)
-        # Ranks of one data-parallel share read the same rows, which are logged once.
-        for share, share_ids in sorted({(index, tuple(read)) for index, read in gathered or []}):
-            self.sample_log.append(step, share, list(share_ids))
+        for rank, rank_ids in sorted(dict(gathered or []).items()):  # ranks of one dp rank read the same
+            self.sample_log.append(step, rank, rank_ids)
 
     def note(self, text: str) -> None:
         self.console.note(text)

@@ -28,4 +28,4 @@ def apply_ep(model: nn.Module, meshes: Meshes, dispatch: dict) -> None:
             layer.experts.register_parameter(name, nn.Parameter(divided))
         layer.dispatcher = build_plugin("dispatch", dispatch, n_experts=n_experts, group=group)
         for plugin in layer.plugins().values():
-            plugin.tokens = meshes.tokens
+            plugin.tokens, plugin.row = meshes.tokens, meshes.row

@@ -19,8 +19,9 @@ class Balance(nn.Module):
     before_step(count_E): called once per optimizer step, before the optimizer, with the choices of all valid tokens of
         the global batch (int64, summed over ranks). Must be a deterministic function of it, so every rank agrees.
     bias_E: fp32 [E] added to the selection score, or None.
-    tokens: the ranks that hold the other tokens of a micro-step; None is this process alone. Set by parallel/apply.py.
-    row: those among them that hold the other tokens of this process's rows; None where it holds whole rows.
+    row: the ranks that hold the other stretches of this rank's rows; None if rows are whole here.
+    tokens: the ranks that hold the other tokens of a micro-step; None is this process alone.
+    Both are set by parallel/ep.py.
     """
 
     bias_E: Tensor | None
@@ -28,8 +29,8 @@ class Balance(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("bias_E", None)
-        self.tokens: dist.ProcessGroup | None = None
         self.row: dist.ProcessGroup | None = None
+        self.tokens: dist.ProcessGroup | None = None
 
     def on_routing(self, routing: Routing) -> Tensor | None:
         return None

@@ -56,9 +56,10 @@ class SwitchLoss(Balance):
         row_T1 = torch.arange(rows, device=expert_TK.device).repeat_interleave(expert_TK.shape[0] // rows)[:, None]
         key_TK = torch.where(expert_TK >= 0, row_T1 * self.n_experts + expert_TK, -1)
         count_BE = count_experts(key_TK, rows * self.n_experts).view(rows, self.n_experts)
-        # Counts are the whole row's, scores the tokens' at hand: over ranks that share a row the losses then sum to it.
-        count_BE = all_reduce_sum(count_BE, self.row)
-        tokens_B1 = all_reduce_sum(routing.context.valid_T.view(rows, -1).sum(1, keepdim=True), self.row).clamp(min=1)
+        tokens_B1 = routing.context.valid_T.view(rows, -1).sum(1, keepdim=True)
+        # Counts are the whole row's; scores stay this stretch's, so that the ranks' losses and gradients add up.
+        sums = all_reduce_sum(torch.cat([count_BE, tokens_B1], dim=1), self.row)
+        count_BE, tokens_B1 = sums[:, :-1], sums[:, -1:].clamp(min=1)
         mean_BE = score_TE.view(rows, -1, self.n_experts).sum(1) / tokens_B1
         return (_share(count_BE).to(mean_BE.dtype) * mean_BE).sum() / routing.context.totals.rows
 
