@@ -39,10 +39,13 @@ def chunks_of(cp: int, rank: int) -> tuple[int, int]:
     return rank, 2 * cp - 1 - rank
 
 
-def held_places(seq_len: int, cp: int, rank: int) -> Tensor:
+def held_places(seq_len: int, cp: int, rank: int, device: torch.device | None = None) -> Tensor:
     """int64 [seq_len / cp]: which places of a row a rank keeps, ascending. cp = 1 keeps all, of any number."""
-    place_S = torch.arange(seq_len)
-    return place_S if cp == 1 else place_S.view(2 * cp, -1)[list(chunks_of(cp, rank))].flatten()
+    place_S = torch.arange(seq_len, device=device)
+    if cp == 1:
+        return place_S
+    chunks = place_S.chunk(2 * cp)
+    return torch.cat([chunks[c] for c in chunks_of(cp, rank)])
 
 
 def to_row_order(x: Tensor, dim: int, cp: int) -> Tensor:
@@ -69,7 +72,7 @@ class GatheredAttention(RowAttention):
 
     def mask(self, document_BS: Tensor, dtype: torch.dtype, documents: bool) -> Mask:
         row_BS = self.whole_documents(document_BS, documents)
-        return make_mask(row_BS, dtype, held_places(row_BS.shape[1], self.cp, self.rank).to(row_BS.device))
+        return make_mask(row_BS, dtype, held_places(row_BS.shape[1], self.cp, self.rank, row_BS.device))
 
     def attend(self, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSe: Tensor, mask: Mask, scale: float) -> Tensor:
         kv = gather_shards(torch.cat([k_BGSd, v_BGSe], dim=-1), 2, self.group)

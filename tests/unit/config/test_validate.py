@@ -25,7 +25,18 @@ REFUSED = [
     (2, ["parallel.tp=2", "train.seq_len=255"], "train.seq_len=255", "256"),
     (2, ["parallel.tp=2", "model.moe.first_k_dense=1", "model.d_ff=511"], "model.d_ff=511", "512"),
     (8, ["parallel.tp=2", "model.d_model=130"], "model.d_model=130", "128"),
-    (4, ["parallel.cp=2"], "parallel.cp=2", "1"),
+    (4, ["parallel.cp=3"], "parallel.cp=3", "2"),
+    (2, ["parallel.cp=2", "train.seq_len=255"], "train.seq_len=255", "256"),
+    (4, ["parallel.cp=4", "train.seq_len=12"], "train.seq_len=12", "16"),
+    (4, ["parallel.cp=4", "train.seq_len=1"], "train.seq_len=1", "8"),
+    (1, ["parallel.cp_method=rings"], "parallel.cp_method='rings'", "ring"),
+    (2, ["parallel.cp=2", "parallel.cp_method=gather"], "parallel.cp_method='gather'", "allgather"),
+    (
+        4,
+        ["parallel.cp=4", "parallel.cp_method=ulysses", "model.attention.n_heads=6", "model.attention.n_kv_heads=2"],
+        "parallel.cp_method=ulysses",
+        "allgather",
+    ),
     (4, ["parallel.pp=2"], "parallel.pp=2", "1"),
     (4, ["parallel.etp=3"], "parallel.etp=3", "2"),
     (4, ["parallel.etp=4", "model.moe.d_expert=30"], "model.moe.d_expert=30", "32"),
@@ -62,6 +73,16 @@ def test_refusals(world, overrides, key, nearest):
     message = str(error.value)
     assert key in message
     assert message.rstrip().endswith(nearest), message
+
+
+def test_an_odd_row_is_refused_only_where_it_is_cut():
+    assert validate(load_config(["train.seq_len=255"]), 2).cp == 1
+
+
+@pytest.mark.parametrize("method", ["allgather", "ring", "ulysses"])
+def test_the_tiny_preset_runs_under_every_method_of_context_parallelism(method):
+    for cp in (2, 4):
+        assert validate(load_config([f"parallel.cp={cp}", f"parallel.cp_method={method}"]), 4).cp == cp
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
