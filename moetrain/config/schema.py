@@ -49,7 +49,13 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """Degrees of the folded meshes; dp, edp and their splits are derived (mesh/layout.py)."""
+    """Degrees of the folded meshes; dp, edp and their splits are derived (mesh/layout.py).
+
+    recompute: activations kept for the backward pass: none recomputes nothing, full keeps each layer's input only,
+    selective recomputes attention and the experts' inside. Routing is never decided again.
+    reshard_after_forward: false keeps FSDP's gathered parameters until the backward pass. Null: true without, false
+    with a pipeline, whose micro-batches would each gather them again.
+    """
 
     pp: int = 1
     tp: int = 1
@@ -59,6 +65,7 @@ class ParallelConfig:
     dp_replicate: int = 1
     recompute: str = "none"
     schedule: str = "1f1b"
+    reshard_after_forward: bool | None = None
 
 
 @dataclass

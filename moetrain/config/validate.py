@@ -38,7 +38,6 @@ NOT_RUNNING = {
     "parallel.tp": 1,
     "parallel.cp": 1,
     "parallel.etp": 1,
-    "parallel.recompute": "none",
     "parallel.schedule": "1f1b",
 }
 

@@ -20,7 +20,6 @@ REFUSED = [
     (4, ["parallel.pp=2"], "parallel.pp=2", "1"),
     (4, ["parallel.etp=2"], "parallel.etp=2", "1"),
     (4, ["parallel.tp=3"], "parallel.tp=3", "2"),
-    (1, ["parallel.recompute=full"], "parallel.recompute=full", "none"),
     (1, ["parallel.recompute=ful"], "parallel.recompute='ful'", "full"),
     (1, ["parallel.schedule=zbv"], "parallel.schedule=zbv", "1f1b"),
     (3, [], "train.global_batch=16", "15"),
