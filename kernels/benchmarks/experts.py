@@ -99,11 +99,8 @@ def measure(shape: Shape, zipf: float, names: list[str], check: bool, with_profi
         except Exception as problem:  # one backend that cannot run must not end the table
             print(f"  {name:22s} failed: {str(problem).splitlines()[0][:120]}", flush=True)
             continue
-        print(
-            f"  {name:22s} {ms:8.3f} ms  {ms / limit:5.2f} x limit  held {held:7.0f} MiB  peak {peak:7.0f} MiB  "
-            f"error {error:.1e}",
-            flush=True,
-        )
+        print(f"  {name:22s} {ms:8.3f} ms  {ms / limit:5.2f} x limit  held {held:7.0f} MiB  peak {peak:7.0f} MiB  "
+              f"error {error:.1e}", flush=True)
         if with_profile:
             profile(layer, sets, w)
 

@@ -17,34 +17,16 @@ from moetrain_kernels import compile_check, experts, plan
 from moetrain_kernels.launch import Tiles
 from shapes import SHAPES, Shape, dense_limit_ms, median_ms, route
 
-GEMM = [
-    Tiles(128, 256, 64, 8, 3, 1, 2),
-    Tiles(128, 256, 64, 8, 3, 1, 4),
-    Tiles(128, 256, 128, 8, 2, 1, 4),
-    Tiles(128, 256, 64, 8, 3, 1, 2, group=8),
-    Tiles(128, 256, 64, 8, 3, 1, 2, group=32),
-    Tiles(64, 256, 64, 4, 4, 1, 4),
-    Tiles(64, 256, 64, 8, 4, 1, 4),
-]
-WGRAD = [
-    Tiles(128, 256, 64, 8, 5, 1, 2, group=4),
-    Tiles(128, 256, 64, 8, 5, 1, 1, group=4),
-    Tiles(128, 256, 64, 8, 5, 1, 2, group=8),
-    Tiles(128, 256, 64, 8, 5, 1, 2),
-    Tiles(128, 256, 64, 8, 7, 1, 2, group=4),
-    Tiles(128, 256, 64, 8, 7, 1, 4, group=8),
-]
+GEMM = [Tiles(128, 256, 64, 8, 3, 1, 2), Tiles(128, 256, 64, 8, 3, 1, 4), Tiles(128, 256, 128, 8, 2, 1, 4),
+        Tiles(128, 256, 64, 8, 3, 1, 2, group=8), Tiles(128, 256, 64, 8, 3, 1, 2, group=32),
+        Tiles(64, 256, 64, 4, 4, 1, 4), Tiles(64, 256, 64, 8, 4, 1, 4)]
+WGRAD = [Tiles(128, 256, 64, 8, 5, 1, 2, group=4), Tiles(128, 256, 64, 8, 5, 1, 1, group=4),
+         Tiles(128, 256, 64, 8, 5, 1, 2, group=8), Tiles(128, 256, 64, 8, 5, 1, 2),
+         Tiles(128, 256, 64, 8, 7, 1, 2, group=4), Tiles(128, 256, 64, 8, 7, 1, 4, group=8)]
 CANDIDATES = {
-    "up": [
-        Tiles(128, 128, 64, 8, 3),
-        Tiles(128, 128, 64, 8, 3, group=8),
-        Tiles(128, 128, 64, 8, 3, group=32),
-        Tiles(128, 128, 64, 8, 4, 1, 2),
-        Tiles(128, 128, 128, 8, 2, 1, 2),
-        Tiles(64, 128, 64, 4, 4, 1, 2),
-        Tiles(64, 128, 64, 4, 4),
-        Tiles(64, 128, 64, 8, 4),
-    ],
+    "up": [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3, group=8), Tiles(128, 128, 64, 8, 3, group=32),
+           Tiles(128, 128, 64, 8, 4, 1, 2), Tiles(128, 128, 128, 8, 2, 1, 2), Tiles(64, 128, 64, 4, 4, 1, 2),
+           Tiles(64, 128, 64, 4, 4), Tiles(64, 128, 64, 8, 4)],
     "up_plain": GEMM[:3],
     "down": GEMM,
     "down_grad": GEMM,

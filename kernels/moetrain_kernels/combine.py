@@ -13,21 +13,8 @@ BLOCK_ELEMENTS = 4096
 
 
 @triton.jit
-def combine_kernel(
-    y_ptr,
-    row_S,
-    gate_S,
-    part_ptr,
-    dgate_S,
-    out_ptr,
-    num_tokens,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    PARTS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def combine_kernel(y_ptr, row_S, gate_S, part_ptr, dgate_S, out_ptr, num_tokens, N: tl.constexpr, K: tl.constexpr,
+                   WEIGHTED: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = sum_k (gate[t, k]) y[row[t, k]], in the order of k. With PARTS, also dgate[t, k] = sum(part[row])."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
@@ -68,19 +55,7 @@ def combine(
     block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
     tokens = max(1, BLOCK_ELEMENTS // block)
     combine_kernel[(cdiv(num_tokens, tokens), cdiv(num_n, block))](
-        y_RN,
-        plan.row_TK,
-        gate_TK,
-        part_RP,
-        dgate_TK,
-        out_TN,
-        num_tokens,
-        N=num_n,
-        K=top_k,
-        WEIGHTED=gate_TK is not None,
-        PARTS=0 if part_RP is None else part_RP.shape[1],
-        TOKENS=tokens,
-        BLOCK=block,
-        num_warps=8,
-    )
+        y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, num_tokens, N=num_n, K=top_k,
+        WEIGHTED=gate_TK is not None, PARTS=0 if part_RP is None else part_RP.shape[1], TOKENS=tokens, BLOCK=block,
+        num_warps=8)
     return out_TN

@@ -79,12 +79,8 @@ def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (
 
 def check(arch: int) -> bool:
     """Compile everything for one architecture and print a line per kernel variant."""
-    cases = [
-        ("bf16", torch.bfloat16, 1024),
-        ("bf16, few rows", torch.bfloat16, 16),
-        ("fp16", torch.float16, 1024),
-        ("fp32", torch.float32, 1024),
-    ]
+    cases = [("bf16", torch.bfloat16, 1024), ("bf16, few rows", torch.bfloat16, 16), ("fp16", torch.float16, 1024),
+             ("fp32", torch.float32, 1024)]
     reached: set[str] = set()
     good = True
     for label, dtype, num_tokens in cases:

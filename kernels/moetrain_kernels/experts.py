@@ -45,11 +45,7 @@ def _check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows) -> No
 
 
 def forward(
-    x_TD: torch.Tensor,
-    plan: RowPlan,
-    gate_TK: torch.Tensor,
-    w_gate_up_E2FD: torch.Tensor,
-    w_down_EDF: torch.Tensor,
+    x_TD: torch.Tensor, plan: RowPlan, gate_TK: torch.Tensor, w_gate_up_E2FD: torch.Tensor, w_down_EDF: torch.Tensor,
     config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`y_TD` and the pre-activation `h_R2F`."""
@@ -59,14 +55,8 @@ def forward(
 
 
 def backward(
-    dy_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    plan: RowPlan,
-    gate_TK: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
-    h_R2F: torch.Tensor,
-    config: Config,
-    need: tuple[bool, bool, bool],
+    dy_TD: torch.Tensor, x_TD: torch.Tensor, plan: RowPlan, gate_TK: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor], h_R2F: torch.Tensor, config: Config, need: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, gate, w_gate_up, w_down; `need` says which of (x or gate, w_gate_up, w_down) to compute."""
     w_gate_up_E2FD, w_down_EDF = weights
@@ -114,15 +104,8 @@ class _Experts(torch.autograd.Function):
         x_TD, gate_TK, w_gate_up_E2FD, w_down_EDF, h_R2F, *plan_tensors = ctx.saved_tensors
         plan = RowPlan(*plan_tensors, block_m=ctx.config.block_m)
         dx, dgate, dw_up, dw_down = backward(
-            dy_TD.contiguous(),
-            x_TD,
-            plan,
-            gate_TK,
-            (w_gate_up_E2FD, w_down_EDF),
-            h_R2F,
-            ctx.config,
-            (need[0] or need[2], need[3], need[4]),
-        )
+            dy_TD.contiguous(), x_TD, plan, gate_TK, (w_gate_up_E2FD, w_down_EDF), h_R2F, ctx.config,
+            (need[0] or need[2], need[3], need[4]))
         return dx, None, dgate, dw_up, dw_down, None
 
 
@@ -147,10 +130,5 @@ def moe_experts(
     """
     _check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows)
     return _Experts.apply(
-        x_TD.contiguous(),
-        expert_TK.contiguous(),
-        gate_TK.contiguous(),
-        w_gate_up_E2FD.contiguous(),
-        w_down_EDF.contiguous(),
-        max_rows,
-    )
+        x_TD.contiguous(), expert_TK.contiguous(), gate_TK.contiguous(), w_gate_up_E2FD.contiguous(),
+        w_down_EDF.contiguous(), max_rows)

@@ -12,32 +12,11 @@ from .tiles import column_part, gather_rows, load_block, load_tokens, locate_til
 
 
 @triton.jit
-def grouped_gemm_kernel(
-    a_desc,
-    a_ptr,
-    w_desc,
-    w_ptr,
-    out_desc,
-    out_ptr,
-    slot_R,
-    tiles_M3,
-    sizes_2,
-    num_rows,
-    num_w_rows,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    GATHER: tl.constexpr,
-    W_NC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    P: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TMA: tl.constexpr,
-    PREC: tl.constexpr,
-):
+def grouped_gemm_kernel(a_desc, a_ptr, w_desc, w_ptr, out_desc, out_ptr, slot_R, tiles_M3, sizes_2, num_rows,
+                        num_w_rows, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr,
+                        W_NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                        GROUP: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+                        PREC: tl.constexpr):
     """out[row, N] = a[row, C] times the expert's matrix, stored [N, C] (W_NC) or [C, N], all experts stacked by rows.
     With GATHER, a is in token order and a[token of row] is meant.
 
@@ -93,31 +72,8 @@ def grouped_gemm(
     out_desc = block_desc(out_RN.view(-1, 1, num_n), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_n, tiles.bn))
     grouped_gemm_kernel[(p,)](
-        a_desc,
-        a,
-        w_desc,
-        w_rows,
-        out_desc,
-        out_RN,
-        plan.slot_R,
-        plan.tiles_M3,
-        plan.sizes_2,
-        a.shape[0],
-        w_rows.shape[0],
-        N=num_n,
-        C=num_c,
-        K=plan.top_k,
-        GATHER=gather,
-        W_NC=not transposed,
-        BM=tiles.bm,
-        BN=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        a_desc, a, w_desc, w_rows, out_desc, out_RN, plan.slot_R, plan.tiles_M3, plan.sizes_2, a.shape[0],
+        w_rows.shape[0], N=num_n, C=num_c, K=plan.top_k, GATHER=gather, W_NC=not transposed, BM=tiles.bm, BN=tiles.bn,
+        BK=tiles.bk, GROUP=tiles.group, P=p, SPLIT=tiles.split, TMA=tiles.tma, PREC=tiles.precision,
+        num_warps=tiles.warps, num_stages=tiles.stages)
     return out_RN

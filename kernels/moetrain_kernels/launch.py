@@ -58,14 +58,8 @@ def block_desc(tensor: torch.Tensor, block: tuple[int, ...], tma: bool) -> Tenso
     if not tma:
         return tensor
     desc = object.__new__(TensorDescriptor)
-    desc.__dict__.update(
-        base=tensor,
-        shape=tensor.shape,
-        strides=tensor.stride(),
-        block_shape=list(block),
-        padding="zero",
-        round_f32_to_tf32=False,
-    )
+    desc.__dict__.update(base=tensor, shape=tensor.shape, strides=tensor.stride(), block_shape=list(block),
+                         padding="zero", round_f32_to_tf32=False)
     return desc
 
 

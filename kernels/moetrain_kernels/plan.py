@@ -51,9 +51,8 @@ class RowPlan:
 
 
 @triton.jit
-def histogram_kernel(
-    expert_S, counts_EB, num_slots, num_blocks, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr
-):
+def histogram_kernel(expert_S, counts_EB, num_slots, num_blocks, E: tl.constexpr, E_POW2: tl.constexpr,
+                     BLOCK: tl.constexpr):
     """counts[e, b] = slots of block b that name expert e."""
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
@@ -78,20 +77,8 @@ def prefix_kernel(counts_EB, total_E, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scatter_block(
-    expert_S,
-    prefix_EB,
-    count,
-    ids,
-    slot_R,
-    row_S,
-    block,
-    num_slots,
-    num_blocks,
-    max_rows,
-    E: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _scatter_block(expert_S, prefix_EB, count, ids, slot_R, row_S, block, num_slots, num_blocks, max_rows,
+                   E: tl.constexpr, BLOCK: tl.constexpr):
     slot = block * BLOCK + tl.arange(0, BLOCK)
     inside = slot < num_slots
     expert = tl.load(expert_S + slot, mask=inside, other=-1).to(tl.int32)
@@ -109,9 +96,8 @@ def _scatter_block(
 
 
 @triton.jit
-def _write_spans(
-    total_E, count, ids, spans_E3, sizes_2, first, max_rows, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
-):
+def _write_spans(total_E, count, ids, spans_E3, sizes_2, first, max_rows, E: tl.constexpr, BLOCK_M: tl.constexpr,
+                 TABLE: tl.constexpr):
     e = first + tl.arange(0, TABLE)
     mine = tl.load(total_E + e, mask=e < E, other=0)
     start = tl.sum(tl.where(ids[None, :] < e[:, None], count[None, :], 0), axis=1)
@@ -129,9 +115,8 @@ def _write_spans(
 
 
 @triton.jit
-def _write_tiles(
-    count, ids, tiles_M3, first_tile, max_rows, max_tiles, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
-):
+def _write_tiles(count, ids, tiles_M3, first_tile, max_rows, max_tiles, E: tl.constexpr, BLOCK_M: tl.constexpr,
+                 TABLE: tl.constexpr):
     end = tl.minimum(tl.cumsum(count, axis=0), max_rows)
     start = tl.minimum(tl.cumsum(count, axis=0) - count, max_rows)
     tiles = (end - start + BLOCK_M - 1) // BLOCK_M
@@ -148,25 +133,9 @@ def _write_tiles(
 
 
 @triton.jit
-def scatter_kernel(
-    expert_S,
-    prefix_EB,
-    total_E,
-    slot_R,
-    row_S,
-    tiles_M3,
-    spans_E3,
-    sizes_2,
-    num_slots,
-    num_blocks,
-    max_rows,
-    max_tiles,
-    E: tl.constexpr,
-    E_POW2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TABLE: tl.constexpr,
-):
+def scatter_kernel(expert_S, prefix_EB, total_E, slot_R, row_S, tiles_M3, spans_E3, sizes_2, num_slots, num_blocks,
+                   max_rows, max_tiles, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK: tl.constexpr, TABLE: tl.constexpr):
     """Programs [0, blocks) place slots; the next cdiv(E, TABLE) write spans and sizes; the rest the tile table."""
     pid = tl.program_id(0)
     ids = tl.arange(0, E_POW2)
@@ -200,28 +169,13 @@ def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows:
     warps = 4 if e_pow2 <= 128 else 8 if e_pow2 == 256 else 16  # the [slots, E] comparisons stay in registers
     expert_TK = expert_TK.contiguous()
     histogram_kernel[(num_blocks,)](
-        expert_TK, counts_EB, num_slots, num_blocks, E=num_experts, E_POW2=e_pow2, BLOCK=BLOCK_SLOTS, num_warps=warps
-    )
-    prefix_kernel[(num_experts,)](counts_EB, total_E, num_blocks, BLOCK=min(2048, power_of_2(num_blocks)))
+        expert_TK, counts_EB, num_slots, num_blocks, E=num_experts, E_POW2=e_pow2, BLOCK=BLOCK_SLOTS,
+        num_warps=warps)
+    prefix_kernel[(num_experts,)](
+        counts_EB, total_E, num_blocks, BLOCK=min(2048, power_of_2(num_blocks)))
     programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
     scatter_kernel[(programs,)](
-        expert_TK,
-        counts_EB,
-        total_E,
-        plan.slot_R,
-        plan.row_TK,
-        plan.tiles_M3,
-        plan.spans_E3,
-        plan.sizes_2,
-        num_slots,
-        num_blocks,
-        rows,
-        max_tiles,
-        E=num_experts,
-        E_POW2=e_pow2,
-        BLOCK_M=block_m,
-        BLOCK=BLOCK_SLOTS,
-        TABLE=TABLE_ROWS,
-        num_warps=warps,
-    )
+        expert_TK, counts_EB, total_E, plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_2,
+        num_slots, num_blocks, rows, max_tiles, E=num_experts, E_POW2=e_pow2, BLOCK_M=block_m,
+        BLOCK=BLOCK_SLOTS, TABLE=TABLE_ROWS, num_warps=warps)
     return plan

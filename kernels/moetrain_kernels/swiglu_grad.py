@@ -11,23 +11,9 @@ from .plan import RowPlan
 
 TAIL_ROWS = 128  # at least the reduction block of the weight-gradient kernel
 
-
 @triton.jit
-def swiglu_grad_kernel(
-    b_ptr,
-    h_ptr,
-    dh_ptr,
-    a_ptr,
-    gate_S,
-    slot_R,
-    part_ptr,
-    sizes_2,
-    num_rows,
-    F: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+def swiglu_grad_kernel(b_ptr, h_ptr, dh_ptr, a_ptr, gate_S, slot_R, part_ptr, sizes_2, num_rows, F: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """dh, gate * act and part = <b, act> over one block of ROWS rows and BLOCK columns; a_ptr may be b_ptr.
 
     The TAIL rows past the last are zeroed where they exist: a weight gradient's last block reads them.
@@ -72,19 +58,6 @@ def swiglu_grad(
     dh_R2F = torch.empty_like(h_R2F)
     part_RP = torch.empty(rows, parts, dtype=torch.float32, device=b_RF.device)
     swiglu_grad_kernel[(cdiv(rows, block_rows), parts)](
-        b_RF,
-        h_R2F,
-        dh_R2F,
-        b_RF,
-        gate_TK,
-        plan.slot_R,
-        part_RP,
-        plan.sizes_2,
-        rows,
-        F=num_f,
-        ROWS=block_rows,
-        BLOCK=block,
-        TAIL=TAIL_ROWS,
-        num_warps=elements // 256,
-    )
+        b_RF, h_R2F, dh_R2F, b_RF, gate_TK, plan.slot_R, part_RP, plan.sizes_2, rows, F=num_f, ROWS=block_rows,
+        BLOCK=block, TAIL=TAIL_ROWS, num_warps=elements // 256)
     return dh_R2F, b_RF, part_RP

@@ -40,9 +40,8 @@ def gather_rows(x_ptr, token, col, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_block(
-    desc, ptr, row, col, num_rows, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
-):
+def load_block(desc, ptr, row, col, num_rows, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+               TMA: tl.constexpr):
     """[ROWS, COLS] block of a row-major [num_rows, N] matrix."""
     if TMA:
         x = desc.load([row, col])
@@ -55,20 +54,8 @@ def load_block(
 
 
 @triton.jit
-def store_block(
-    desc,
-    ptr,
-    value,
-    row,
-    end,
-    half: tl.constexpr,
-    col,
-    H: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TMA: tl.constexpr,
-):
+def store_block(desc, ptr, value, row, end, half: tl.constexpr, col, H: tl.constexpr, N: tl.constexpr,
+                ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """Store [ROWS, COLS] at [row, half, col] of a [_, H, N] tensor: only rows below `end` and columns below N.
 
     A tile that an expert's end cuts short goes by masked pointers, since TMA would overwrite the next expert's rows.
@@ -111,8 +98,7 @@ def sigmoid(x, PREC: tl.constexpr):
     if PREC == "ieee":
         y = tl.sigmoid(x)
     else:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True,
+                                      pack=1)
         y = 0.5 * t + 0.5
     return y

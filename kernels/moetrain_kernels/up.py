@@ -12,18 +12,8 @@ from .tiles import column_part, gather_rows, halves, load_tokens, locate_tile, s
 
 
 @triton.jit
-def _load_gate_up(
-    w_desc,
-    w_ptr,
-    expert,
-    col,
-    k,
-    F: tl.constexpr,
-    D: tl.constexpr,
-    BF: tl.constexpr,
-    BK: tl.constexpr,
-    TMA: tl.constexpr,
-):
+def _load_gate_up(w_desc, w_ptr, expert, col, k, F: tl.constexpr, D: tl.constexpr, BF: tl.constexpr,
+                  BK: tl.constexpr, TMA: tl.constexpr):
     """[2 * BF, BK]: rows col..col+BF of the expert's gate matrix, then the same rows of its up matrix."""
     if TMA:
         w = w_desc.load([2 * expert, col, k]).reshape(2 * BF, BK)
@@ -37,29 +27,10 @@ def _load_gate_up(
 
 
 @triton.jit
-def up_swiglu_kernel(
-    x_ptr,
-    w_desc,
-    w_ptr,
-    h_desc,
-    h_ptr,
-    a_desc,
-    a_ptr,
-    slot_R,
-    tiles_M3,
-    sizes_2,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BF: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    P: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TMA: tl.constexpr,
-    PREC: tl.constexpr,
-):
+def up_swiglu_kernel(x_ptr, w_desc, w_ptr, h_desc, h_ptr, a_desc, a_ptr, slot_R, tiles_M3, sizes_2,
+                     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
+                     BK: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+                     PREC: tl.constexpr):
     """h[row] = [gate, up](x[token]) and a[row] = silu(gate) * up.
 
     Persistent, with the tile loop and the K loop fused by hand into one: the loads of the next tile are in flight
@@ -110,28 +81,7 @@ def up_swiglu(
     a_desc = block_desc(a_RF.view(-1, 1, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_f, tiles.bn))
     up_swiglu_kernel[(p,)](
-        x_TD,
-        w_desc,
-        w_gate_up_E2FD,
-        h_desc,
-        h_R2F,
-        a_desc,
-        a_RF,
-        plan.slot_R,
-        plan.tiles_M3,
-        plan.sizes_2,
-        D=num_d,
-        F=num_f,
-        K=plan.top_k,
-        BM=tiles.bm,
-        BF=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        x_TD, w_desc, w_gate_up_E2FD, h_desc, h_R2F, a_desc, a_RF, plan.slot_R, plan.tiles_M3, plan.sizes_2,
+        D=num_d, F=num_f, K=plan.top_k, BM=tiles.bm, BF=tiles.bn, BK=tiles.bk, GROUP=tiles.group, P=p,
+        SPLIT=tiles.split, TMA=tiles.tma, PREC=tiles.precision, num_warps=tiles.warps, num_stages=tiles.stages)
     return h_R2F, a_RF

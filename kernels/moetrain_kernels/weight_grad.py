@@ -18,9 +18,8 @@ def _load_slots(slot_R, row, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gather_masked(
-    x_ptr, slot, row, end, col, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def _gather_masked(x_ptr, slot, row, end, col, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                   COLS: tl.constexpr):
     """[ROWS, COLS] of the slots' tokens; zero at and past `end`: the other operand need only be finite there."""
     cols = col + tl.arange(0, COLS)
     at = x_ptr + (slot // K).to(tl.int64)[:, None] * N + cols[None, :]
@@ -31,16 +30,8 @@ def _gather_masked(
 
 
 @triton.jit
-def _count_steps(
-    spans_E3,
-    steps_P,
-    pid,
-    E: tl.constexpr,
-    E_POW2: tl.constexpr,
-    PER_EXPERT: tl.constexpr,
-    P: tl.constexpr,
-    BK: tl.constexpr,
-):
+def _count_steps(spans_E3, steps_P, pid, E: tl.constexpr, E_POW2: tl.constexpr, PER_EXPERT: tl.constexpr,
+                 P: tl.constexpr, BK: tl.constexpr):
     """Reduction steps of program `pid`: over the experts, its tiles times the expert's reduction length.
 
     The sum takes a detour through memory: the compiler takes a loaded scalar for uniform over the warp, a reduced one
@@ -56,19 +47,8 @@ def _count_steps(
 
 
 @triton.jit
-def _store_part(
-    desc,
-    ptr,
-    value,
-    expert,
-    row,
-    col,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TMA: tl.constexpr,
-):
+def _store_part(desc, ptr, value, expert, row, col, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                COLS: tl.constexpr, TMA: tl.constexpr):
     """Store [ROWS, COLS] at [expert, row, col] of an [E, M, N] tensor."""
     if TMA:
         desc.store([expert, row, col], value.reshape(1, ROWS, COLS))
@@ -80,31 +60,10 @@ def _store_part(
 
 
 @triton.jit
-def weight_grad_kernel(
-    x_ptr,
-    r_desc,
-    r_ptr,
-    out_desc,
-    out_ptr,
-    slot_R,
-    spans_E3,
-    steps_P,
-    num_rows,
-    E: tl.constexpr,
-    E_POW2: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    FLIP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    P: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TMA: tl.constexpr,
-    PREC: tl.constexpr,
-):
+def weight_grad_kernel(x_ptr, r_desc, r_ptr, out_desc, out_ptr, slot_R, spans_E3, steps_P, num_rows, E: tl.constexpr,
+                       E_POW2: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr,
+                       SPLIT: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr):
     """out[e] = x[tokens of e, M]^T @ r[rows of e, N], stored [M, N], or [N, M] with FLIP.
 
     The gathered side is always the left one, which is the narrower tile: its loads cost instructions, TMA's do not.
@@ -162,30 +121,8 @@ def weight_grad(
     p = programs(tiles, num_experts * cdiv(num_m, tiles.bm) * cdiv(num_n, tiles.bn))
     steps_P = torch.empty(p, dtype=torch.int32, device=r_RN.device)
     weight_grad_kernel[(p,)](
-        x_TM,
-        r_desc,
-        r_RN,
-        out_desc,
-        out_E,
-        plan.slot_R,
-        plan.spans_E3,
-        steps_P,
-        r_RN.shape[0],
-        E=num_experts,
-        E_POW2=power_of_2(num_experts),
-        M=num_m,
-        N=num_n,
-        K=plan.top_k,
-        FLIP=flip,
-        BM=tiles.bm,
-        BN=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        x_TM, r_desc, r_RN, out_desc, out_E, plan.slot_R, plan.spans_E3, steps_P, r_RN.shape[0], E=num_experts,
+        E_POW2=power_of_2(num_experts), M=num_m, N=num_n, K=plan.top_k, FLIP=flip, BM=tiles.bm,
+        BN=tiles.bn, BK=tiles.bk, GROUP=tiles.group, P=p, SPLIT=tiles.split, TMA=tiles.tma, PREC=tiles.precision,
+        num_warps=tiles.warps, num_stages=tiles.stages)
     return out_E

@@ -17,7 +17,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.config.plugins import check_options, nearest
+from moetrain.config.plugins import check_options, nearest, router_options
 from moetrain.config.schema import Config
 
 PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
@@ -60,7 +60,8 @@ def to_config(composed: DictConfig) -> Config:
         raise ValueError(_explain(error, [])) from None
     assert isinstance(config, Config)
     for group in PLUGIN_GROUPS:
-        check_options(group, getattr(config, group))
+        node = getattr(config, group)
+        check_options(group, router_options(node) if group == "router" else node)
     return config
 
 

@@ -8,6 +8,14 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+# Keys beside a router's own options, for every router: see observe/tape.py.
+ROUTER_KEYS = ("record", "replay")
+
+
+def router_options(router: Mapping[str, Any]) -> dict[str, Any]:
+    """The `router` group without the keys that are not the plugin's."""
+    return {key: value for key, value in router.items() if key not in ROUTER_KEYS}
+
 
 def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:
     """Call the node's `_target_` with its options and with `runtime`, which the caller knows (shapes, groups).

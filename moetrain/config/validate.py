@@ -10,6 +10,7 @@ from typing import Any
 
 from moetrain.config.data import check_data
 from moetrain.config.model import check_model
+from moetrain.config.pipeline import check_pipeline
 from moetrain.config.schema import Config
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
@@ -34,11 +35,9 @@ AT_LEAST = {
 }
 # Legal arithmetic, but the code that runs them is still to come: refused by name rather than ignored.
 NOT_RUNNING = {
-    "parallel.pp": 1,
     "parallel.tp": 1,
     "parallel.cp": 1,
     "parallel.etp": 1,
-    "parallel.schedule": "1f1b",
 }
 
 
@@ -56,12 +55,14 @@ def validate(config: Config, world: int) -> Layout:
             raise _refuse(key, _get(config, key), "is not running yet", only)
     _check_batches(config, layout)
     check_model(config.model)
+    check_pipeline(config, layout)
     check_data(config.data)
     if config.model.moe.n_experts:
         _check_experts(config, layout)
     elif layout.ep > 1:
         raise _refuse("parallel.ep", layout.ep, "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
+    _check_tape(config)
     return layout
 
 
@@ -95,6 +96,15 @@ def _check_init(config: Config) -> None:
     unknown = set(config.init) - {"from"}
     if unknown:
         raise ValueError(f"init.{sorted(unknown)[0]}: no such key; did you mean 'init.from'?")
+
+
+def _check_tape(config: Config) -> None:
+    record, replay = config.router.get("record", ""), config.router.get("replay", "")
+    if record and record == replay:
+        raise _refuse("router.record", record, "would overwrite what router.replay reads", '""')
+    for key, value in (("record", record), ("replay", replay)):
+        if value and not config.model.moe.n_experts:
+            raise _refuse(f"router.{key}", value, "needs experts, but model.moe.n_experts=0", '""')
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ class TokenContext:
 
     token_BS: int64 input ids. position_BS: int64, for rotary embeddings.
     document_BS: int32, equal inside a document of a row; -1 is padding. None of it carries gradient.
-    index_BS: int64, row * S + offset of each token in the global batch; only there when routing is recorded or replayed.
+    index_BS: int64, row * S + offset of each token in the global batch; there only to record or replay routing.
     chosen_TK: experts a router must take instead of its own choice (`router.common.choose`); None leaves it free.
     """
 

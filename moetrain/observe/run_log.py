@@ -65,7 +65,7 @@ class RunLog:
             return
         gathered: list[Any] | None = [None] * dist.get_world_size() if self.writes else None
         dist.gather_object((dp, ids), gathered)
-        for rank, rank_ids in sorted(gathered or []):
+        for rank, rank_ids in sorted(dict(gathered or []).items()):  # ranks of one dp rank read the same
             self.sample_log.append(step, rank, rank_ids)
 
     def note(self, text: str) -> None:

@@ -13,6 +13,7 @@ from moetrain.moe.dispatch.collective import CollectiveDispatch
 from moetrain.moe.router import common, softmax
 from moetrain.parallel import recompute
 from moetrain.testing import run_ranks
+from moetrain.testing.ranks import RankFailure
 from moetrain.testing.small import SMALL_MODEL, write_documents
 from moetrain.testing.trajectory import compare, record
 
@@ -105,9 +106,12 @@ def test_forgetting_is_noticed(fault, documents, stored, tmp_path, monkeypatch):
         monkeypatch.setattr(softmax, "choose", flips_when_asked_again)
         plain = kept.Kept.__setattr__
         monkeypatch.setattr(kept.Kept, "__setattr__", lambda self, k, v: plain(self, k, None))
-    with pytest.raises(Exception, match=r".") as caught:  # torch notices other shapes; we notice other numbers
+    try:
         run = train(documents, tmp_path, 1, "parallel.recompute=full", steps=2)
-        difference = compare(run, stored[1][:2])
-        aux = max(abs(a.row["aux/switch"] / b.row["aux/switch"] - 1) for a, b in zip(run, stored[1]))
-        assert max(difference.loss, difference.norm, difference.gradient, aux) < 1e-6
-    print(caught.value)
+    except RankFailure as error:
+        if "recomputed" in str(error):  # torch notices when a recomputed tensor has another shape
+            return
+        raise
+    difference = compare(run, stored[1][:2])
+    aux = max(abs(a.row["aux/switch"] / b.row["aux/switch"] - 1) for a, b in zip(run, stored[1]))
+    assert max(difference.loss, difference.norm, difference.gradient, aux) > 1e-6, f"{fault} went unnoticed"

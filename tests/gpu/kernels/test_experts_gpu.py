@@ -38,12 +38,8 @@ def make(shape, dtype, routing, seed=0):
     if routing == "holes":
         expert[torch.rand(num_t, top_k, device="cuda", generator=g) < 0.4] = -1
     gate = torch.rand(num_t, top_k, device="cuda", generator=g)
-    leaves = [
-        randn(num_t, num_d),
-        gate,
-        randn(num_e, 2, num_f, num_d, scale=num_d**-0.5),
-        randn(num_e, num_d, num_f, scale=num_f**-0.5),
-    ]
+    leaves = [randn(num_t, num_d), gate, randn(num_e, 2, num_f, num_d, scale=num_d**-0.5),
+              randn(num_e, num_d, num_f, scale=num_f**-0.5)]
     return leaves, expert, randn(num_t, num_d)
 
 

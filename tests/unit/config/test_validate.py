@@ -37,6 +37,8 @@ REFUSED = [
     (1, ["model.attention.n_kv_heads=3"], "model.attention.n_kv_heads=3", "2"),
     (4, ["model.moe.d_expert=30"], "model.moe.d_expert=30", "32"),
     (2, ["model.moe.n_experts=0", "parallel.ep=2"], "parallel.ep=2", "1"),
+    (1, ["router.record=a", "router.replay=a"], "router.record=a", '""'),
+    (1, ["router.replay=a", "model.moe.n_experts=0"], "router.replay=a", '""'),
     (1, ["data.documents=stopp"], "data.documents='stopp'", "stop"),
 ]
 

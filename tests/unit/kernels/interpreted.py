@@ -122,17 +122,8 @@ def gradients(layer, leaves, expert, dy, **kwargs):
 
 
 @settings(max_examples=8, deadline=None)
-@given(
-    st.tuples(
-        st.integers(1, 30),
-        st.integers(1, 5).map(lambda n: 4 * n),
-        st.integers(1, 40),
-        st.integers(1, 6),
-        st.integers(1, 3),
-    ),
-    st.integers(0, 3),
-    st.sampled_from([0.0, 0.5, 0.95]),
-)
+@given(st.tuples(st.integers(1, 30), st.integers(1, 5).map(lambda n: 4 * n), st.integers(1, 40), st.integers(1, 6),
+                 st.integers(1, 3)), st.integers(0, 3), st.sampled_from([0.0, 0.5, 0.95]))
 def test_layer_matches_reference(shape, seed, unused):
     x, expert, *rest = problem(shape, seed, unused)
     dy = torch.randn_like(x)
@@ -163,12 +154,10 @@ def test_no_active_slots(num_t):
 
 def test_refuses_what_does_not_fit():
     x, expert, gate, w_up, w_down = problem((4, 16, 8, 3, 2))
-    for arguments, word in [
-        ((x[:, :8], expert, gate, w_up, w_down), "D"),
-        ((x, expert, gate[:, :1], w_up, w_down), r"\[T, K\]"),
-        ((x, expert, gate, w_up[:, :1], w_down), "w_gate_up"),
-        ((x, expert.float(), gate, w_up, w_down), "int32"),
-        ((x.double(), expert, gate, w_up, w_down), "share one"),
-    ]:
+    for arguments, word in [((x[:, :8], expert, gate, w_up, w_down), "D"),
+                            ((x, expert, gate[:, :1], w_up, w_down), r"\[T, K\]"),
+                            ((x, expert, gate, w_up[:, :1], w_down), "w_gate_up"),
+                            ((x, expert.float(), gate, w_up, w_down), "int32"),
+                            ((x.double(), expert, gate, w_up, w_down), "share one")]:
         with pytest.raises(ValueError, match=word):
             moe_experts(*arguments)

@@ -21,8 +21,7 @@ def problem(num_t=5, num_d=4, num_f=3, num_e=3, top_k=2, seed=0):
 def test_gradient_by_finite_differences():
     x, expert, gate, w_up, w_down = (t.requires_grad_() if t.is_floating_point() else t for t in problem())
     assert torch.autograd.gradcheck(
-        lambda x, gate, w_up, w_down: reference.moe_experts(x, expert, gate, w_up, w_down), (x, gate, w_up, w_down)
-    )
+        lambda x, gate, w_up, w_down: reference.moe_experts(x, expert, gate, w_up, w_down), (x, gate, w_up, w_down))
 
 
 def test_is_the_sum_over_slots():
@@ -50,12 +49,8 @@ def test_kernel_by_kernel_backward_equals_autograd():
     dh, gated_a, dgate_R = reference.swiglu_grad(b, gate, rows, h)
     dx_R = reference.grouped_gemm(dh, rows, w_up.flatten(1, 2).transpose(1, 2))
     dgate = torch.zeros_like(gate).reshape(-1).index_copy(0, rows.slot_R, dgate_R).view_as(gate)
-    got = (
-        reference.combine(dx_R, rows.row_TK),
-        dgate,
-        reference.weight_grad(dh, x[token_R], rows).view_as(w_up),
-        reference.weight_grad(dy[token_R], gated_a, rows),
-    )
+    got = (reference.combine(dx_R, rows.row_TK), dgate, reference.weight_grad(dh, x[token_R], rows).view_as(w_up),
+           reference.weight_grad(dy[token_R], gated_a, rows))
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
 
