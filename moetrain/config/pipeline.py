@@ -53,6 +53,10 @@ def check_pipeline(config: Config, layout: Layout) -> None:
     if parallel.reshard_after_forward:
         reason = "would gather every parameter again for each micro-batch of a pipeline"
         raise _refuse("parallel.reshard_after_forward", "true", reason, "false")
+    if parallel.recompute != "none" and parallel.schedule in V_SCHEDULES:
+        # Their second half asks autograd once for each group of weights, and each time everything would run again.
+        reason = f"with parallel.schedule={parallel.schedule} would recompute once for each group of weights"
+        raise _refuse("parallel.recompute", parallel.recompute, reason, "none")
     _check_layers(parallel, config.model.n_layers, layout.world)
     _check_micro_batches(config, layout)
 

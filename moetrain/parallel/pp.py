@@ -53,16 +53,17 @@ class Stage(Decoder):
 
     def __init__(self, whole: Decoder, index: int, last: bool, layers: range) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update({name: value for name, value in vars(whole).items() if not name.startswith("_")})
-        self.index, self.last = index, last
-        self.work: Sequence[Work] = ()
         parts: dict[str, nn.Module | None] = {"embed": whole.embed if index == 0 else None, "norm": None, "head": None}
         if last:
             parts |= {"norm": whole.norm, "head": whole.head}
             if whole.config.tie_embeddings:
                 parts["embed"] = whole.embed
+        shared = {name: value for name, value in vars(whole).items() if not name.startswith("_") and name not in parts}
+        self.__dict__.update(shared)
         for name, part in parts.items():
-            self.add_module(name, part)  # type: ignore[arg-type]
+            self.add_module(name, part)
+        self.index, self.last = index, last
+        self.work: Sequence[Work] = ()
         self.layers = nn.ModuleDict({str(i): whole.layers[str(i)] for i in layers})
 
     def forward(self, *received: Tensor, micro: int) -> Any:  # type: ignore[override]
