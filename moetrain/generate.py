@@ -40,7 +40,7 @@ def generate_text(options: dict[str, str]) -> str:
     config.parallel, config.train.micro_batch = ParallelConfig(), 0
     device = start_distributed()
     try:
-        model = build_parallel_model(config, build_meshes(validate(config, 1), device.type), device)
+        model = build_parallel_model(config, build_meshes(validate(config, 1), device.type), device).model
         load_weights(path, model)
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_token)
         prompt = tokenizer.encode([options["prompt"]])[0].tolist()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint.agree import on_rank0
 from moetrain.checkpoint.lock import RunLock
@@ -26,6 +27,7 @@ from moetrain.moe.types import TokenContext, Totals
 from moetrain.observe.load import load_metrics
 from moetrain.observe.reduce import StepSums, reduce_step
 from moetrain.observe.run_log import RunLog
+from moetrain.observe.tape import RoutingTape
 from moetrain.observe.throughput import Throughput
 from moetrain.optim.adamw import fill_missing_gradients
 from moetrain.optim.build import build_optimizer
@@ -33,6 +35,7 @@ from moetrain.optim.clip import check_finite, clip_, grad_norm
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
 from moetrain.parallel.cp import held_places
+from moetrain.parallel.pp import Work
 from moetrain.parallel.tp import sum_replicated_gradients
 from moetrain.plan.params import count, flops_per_token
 
@@ -53,15 +56,25 @@ class Trainer:
         self.meshes = build_meshes(layout, device.type)
         self.loader = self._build_loader()
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
-        self.model = build_parallel_model(config, self.meshes, device)
+        built = build_parallel_model(config, self.meshes, device)
+        self.model, self.pipeline, self.loss_names = built.model, built.pipeline, built.loss_names
         self.moe_layers = {
             int(name.split(".")[1]): module
             for name, module in self.model.named_modules()
             if isinstance(module, MoELayer)
         }
+        self.moe_numbers = [layer for layer in range(config.model.n_layers) if config.model.is_moe(layer)]
+        stages = [self.pipeline.group] if self.pipeline else []
+        self.sum_groups = [self.meshes.data, *stages]  # ranks whose losses add up
+        self.step_groups = [self.meshes.tokens, *stages]  # ranks whose routing adds up
+        record, replay = config.router.get("record", ""), config.router.get("replay", "")
+        self.tape = RoutingTape(record, replay, self.moe_layers, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
         self.step = self._restore()
+        if self.pipeline:
+            self.pipeline.after_update()
+        on_rank0(lambda: self.tape.start(self.step))
         self.log = RunLog(config, self.run_dir, self.rank0)
         flops = flops_per_token(config.model, config.train.seq_len)
         self.throughput = Throughput(layout.world, device, flops)
@@ -97,29 +110,34 @@ class Trainer:
         """One optimizer step. Returns its metrics row and whether any rank was asked to stop."""
         batches = [self._mine(batch) for batch in self.loader.next_step()]
         totals = self._totals(batches)
-        ce_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            loss = self._loss_sum(batch, totals) / totals.loss_tokens
-            loss.backward()  # a sum over micro-batches and ranks: N is the whole global batch's
-            ce_loss += loss.detach()
-        once = ce_loss if self.meshes.tp_rank == 0 else torch.zeros_like(ce_loss)  # tp ranks hold the same loss
-        sums = reduce_step(once, stop, list(self.moe_layers.values()), self.meshes.tokens)
+        self.tape.begin(self.step + 1, self.config.train.global_batch * self.config.train.seq_len)
+        work = [self._work(batch, totals, number) for number, batch in enumerate(batches)]
+        ce_loss = self.pipeline.train(work) if self.pipeline else self._accumulate(work)
+        layers = [self.moe_layers.get(number) for number in self.moe_numbers]
+        ce_loss = ce_loss if self.meshes.tp_rank == 0 else torch.zeros_like(ce_loss)  # tp ranks hold the same loss
+        sums = reduce_step(ce_loss, stop, layers, self.loss_names, self.config.model.moe.n_experts, self.step_groups)
+        flips = self.tape.finish(self.step + 1)
         fill_missing_gradients(self.parameters)
         sum_replicated_gradients(self.parameters, self.meshes)
-        norm = grad_norm(self.parameters)
+        norm = self._grad_norm()
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
         check_finite(norm, self.step + 1, sample_ids)
         clip_(self.parameters, self.config.train.max_grad_norm, norm)
-        for layer, count_E in zip(self.moe_layers.values(), sums.count_LE):
-            for plugin in layer.plugins().values():
+        for layer, count_E in zip(layers, sums.count_LE):
+            for plugin in layer.plugins().values() if layer else ():
                 plugin.before_step(count_E)
         multiplier = self.schedule(self.step, self.config.train.steps)
         set_lr(self.optimizer, multiplier)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.pipeline:
+            self.pipeline.after_update()
         self.step += 1
         self.log.samples(self.step, self.meshes.dp_rank, sample_ids)
-        return self._row(sums, norm, totals, multiplier), sums.stop.item() > 0
+        row = self._row(sums, norm, totals, multiplier)
+        if self.tape.replay is not None:
+            row["routing_flips"] = int(_sum_over(self.step_groups, flips))
+        return row, sums.stop.item() > 0
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -127,9 +145,11 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batches in self.loader.validation(self.config.train.eval_batches):
             for batch in map(self._mine, batches):
-                sums[0] += self._loss_sum(batch, self._totals([batch])).double()
-                sums[1] += batch.loss_mask_BS.sum()
-        loss, tokens = all_reduce_sum(sums, self.meshes.data).tolist()
+                work = replace(self._work(batch, self._totals([batch])), share=1.0)
+                sums[0] += self.pipeline.evaluate(work) if self.pipeline else self._loss(work).double()
+                if self.pipeline is None or self.pipeline.is_last:
+                    sums[1] += batch.loss_mask_BS.sum()
+        loss, tokens = _sum_over(self.sum_groups, sums).tolist()
         if not tokens:
             raise ValueError("the held-out rows have no target that counts; set train.eval_every=0 or mask less")
         return loss / tokens
@@ -152,11 +172,36 @@ class Trainer:
         """The positions that this rank keeps of the rows that its cp group shares."""
         return batch.take(self.place_S).to(self.device)
 
-    def _loss_sum(self, batch: Batch, totals: Totals) -> Tensor:
+    def _accumulate(self, work: list[Work]) -> Tensor:
+        ce_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro in work:
+            loss = self._loss(micro)
+            loss.backward()  # a sum over micro-batches and ranks: N is the whole global batch's
+            ce_loss += loss.detach()
+        return ce_loss
+
+    def _loss(self, work: Work) -> Tensor:
+        return self.model(work.token_BS, work.context, work.criterion) / work.share
+
+    def _work(self, batch: Batch, totals: Totals, number: int = 0) -> Work:
         context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step)
+        if self.tape:
+            context = replace(context, index_BS=self._index(batch, number))
         targets = {"target_T": batch.target_BS.flatten(), "mask_T": batch.loss_mask_BS.flatten()}
         criterion = partial(chunked_cross_entropy, **targets, chunk=LOSS_CHUNK, group=self.meshes.vocabulary)
-        return self.model(batch.token_BS, context, criterion)
+        return Work(batch.token_BS, context, criterion, totals.loss_tokens)
+
+    def _index(self, batch: Batch, number: int) -> Tensor:
+        """Where each token of micro-step `number` stands in the global batch: the order of data/loader.py."""
+        rows = batch.token_BS.shape[0]
+        first = (number * self.layout.dp + self.meshes.dp_rank) * rows
+        row_B1 = torch.arange(first, first + rows, device=self.device)[:, None]
+        return row_B1 * self.config.train.seq_len + self.place_S.to(self.device)
+
+    def _grad_norm(self) -> Tensor:
+        if self.pipeline is None:
+            return grad_norm(self.parameters)
+        return grad_norm(self.pipeline.counted(self.parameters), self.pipeline.group)
 
     def _totals(self, batches: list[Batch]) -> Totals:
         local = torch.stack(
@@ -175,9 +220,9 @@ class Trainer:
         row: dict[str, Any] = {"step": self.step, **dict(zip(terms, values)), "grad_norm": values[-2]}
         row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(values[-1])}
         row |= self.throughput.step(int(values[-1]))
-        if self.moe_layers:
+        if self.moe_numbers:
             dropless = torch.zeros_like(sums.entropy_L)
-            row |= load_metrics(list(self.moe_layers), sums.count_LE, sums.entropy_L, dropless, values[-1])
+            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])
         return row
 
     def _restore(self) -> int:
@@ -225,3 +270,9 @@ class Trainer:
             "from": f"step {self.step}",
             "train": " ".join(f"{k}={v}" for k, v in asdict(self.config.train).items()),
         }
+
+
+def _sum_over(groups: list[ProcessGroup], x: Tensor) -> Tensor:
+    for group in groups:
+        x = all_reduce_sum(x, group)
+    return x

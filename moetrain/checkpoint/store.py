@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, on_rank0, rank_and_world
@@ -73,8 +73,7 @@ class CheckpointStore:
         path = Path(path)
         _verify_together(path, ("",))
         state = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
-        lines = [line for part, tensors in state.items() for line in mismatches(path / part, tensors, same_dtype=True)]
-        _refuse(path, lines)
+        _refuse(path, _mismatches_anywhere(path, state, same_dtype=True))
         for part, tensors in state.items():
             read_tensors(path / part, tensors)
         return json.loads((path / "trainer.json").read_text())
@@ -166,7 +165,7 @@ def load_weights(path: str | os.PathLike, model: nn.Module) -> None:
     path = Path(path)
     _verify_together(path, ("model/",))
     tensors = model_tensors(model)
-    _refuse(path, mismatches(path / "model", tensors, same_dtype=False))
+    _refuse(path, _mismatches_anywhere(path, {"model": tensors}, same_dtype=False))
     read_tensors(path / "model", tensors)
 
 
@@ -212,6 +211,20 @@ def _verify_together(path: Path, prefixes: tuple[str, ...]) -> None:
 
     lines = [line for of_rank in gather(check) for line in of_rank]
     _refuse(path, list(dict.fromkeys(lines)))
+
+
+def _mismatches_anywhere(path: Path, state: dict[str, dict[str, Tensor]], same_dtype: bool) -> list[str]:
+    """What any rank finds wrong: each looks at what it holds, and what no rank holds is unexpected."""
+    held = gather(lambda: {part: list(tensors) for part, tensors in state.items()})
+    everywhere = {part: {name for of_rank in held for name in of_rank[part]} for part in state}
+    found = gather(
+        lambda: [
+            line
+            for part, tensors in state.items()
+            for line in mismatches(path / part, tensors, same_dtype, everywhere[part])
+        ]
+    )
+    return list(dict.fromkeys(line for of_rank in found for line in of_rank))
 
 
 def _refuse(path: Path, lines: list[str]) -> None:

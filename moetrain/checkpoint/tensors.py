@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,18 @@ def read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
         raise RuntimeError(f"{directory} was not read: {error}") from error
 
 
-def mismatches(directory: Path, tensors: dict[str, Tensor], same_dtype: bool) -> list[str]:
-    """A line for each name that one side lacks and for each global shape (and dtype, if asked) that differs."""
+def mismatches(
+    directory: Path, tensors: dict[str, Tensor], same_dtype: bool, elsewhere: Collection[str] = ()
+) -> list[str]:
+    """A line for each name that one side lacks and for each global shape (and dtype, if asked) that differs.
+
+    elsewhere: names that other ranks hold (pipeline stages), which are no surprise here.
+    """
     stored: dict[str, Any] = read_metadata(directory).state_dict_metadata
     lines = [f"missing in the checkpoint: {name}" for name in sorted(tensors.keys() - stored.keys())]
-    lines += [f"unexpected in the checkpoint: {name}" for name in sorted(stored.keys() - tensors.keys())]
+    lines += [
+        f"unexpected in the checkpoint: {name}" for name in sorted(stored.keys() - tensors.keys() - set(elsewhere))
+    ]
     for name in sorted(tensors.keys() & stored.keys()):
         there, here = stored[name], tensors[name]
         if there.size != here.shape:

@@ -80,7 +80,7 @@ def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty((first.shape[0] * group.size(), *first.shape[1:]))
     all_gather_single(out, first, group=group)
-    return out.movedim(0, dim)
+    return out.movedim(0, dim).contiguous()
 
 
 def _sum_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
@@ -88,7 +88,7 @@ def _sum_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     assert first.shape[0] % group.size() == 0, f"{first.shape[0]} along dim {dim} over {group.size()} ranks"
     out = first.new_empty((first.shape[0] // group.size(), *first.shape[1:]))
     reduce_scatter_single(out, first, group=group)
-    return out.movedim(0, dim)
+    return out.movedim(0, dim).contiguous()
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -11,6 +11,13 @@ from typing import Any
 from moetrain.config.schema import Config
 
 PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
+# Keys beside a router's own options, for every router: see observe/tape.py.
+ROUTER_KEYS = ("record", "replay")
+
+
+def router_options(router: Mapping[str, Any]) -> dict[str, Any]:
+    """The `router` group without the keys that are not the plugin's."""
+    return {key: value for key, value in router.items() if key not in ROUTER_KEYS}
 
 
 def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:
@@ -32,7 +39,8 @@ def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:
 def check_plugins(config: Config) -> None:
     """Check every plugin group's options against the constructors they name. Imports the plugins, hence torch."""
     for group in PLUGIN_GROUPS:
-        check_options(group, getattr(config, group))
+        node = getattr(config, group)
+        check_options(group, router_options(node) if group == "router" else node)
 
 
 def check_options(where: str, node: Mapping[str, Any]) -> None:

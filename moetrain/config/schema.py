@@ -54,6 +54,13 @@ class ParallelConfig:
     cp_method: how attention sees the rest of a row that cp ranks share: allgather (keys and values of the whole row on
     each) | ring (they travel, one share at a time) | ulysses (each rank takes whole rows of some heads; n_heads must
     divide by cp).
+    recompute: activations kept for the backward pass: none recomputes nothing, full keeps each layer's input only,
+    selective recomputes attention and the experts' inside. Routing is never decided again.
+    reshard_after_forward: false keeps FSDP's gathered parameters until the backward pass. Null: true without, false
+    with a pipeline, whose micro-batches would each gather them again.
+    schedule: 1f1b | interleaved | zbv | dualpipev, of the pipeline; its micro-batches are the micro-steps.
+    pp_layers: layers of each stage, first stage first; null divides them evenly. interleaved takes any multiple of pp
+    as the number of stages (2 pp by default), zbv and dualpipev exactly 2 pp, 1f1b pp.
     """
 
     pp: int = 1
@@ -65,6 +72,8 @@ class ParallelConfig:
     cp_method: str = "allgather"
     recompute: str = "none"
     schedule: str = "1f1b"
+    pp_layers: list[int] | None = None
+    reshard_after_forward: bool | None = None
 
 
 @dataclass

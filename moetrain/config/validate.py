@@ -11,6 +11,7 @@ from typing import Any
 
 from moetrain.config.data import check_data
 from moetrain.config.model import check_model
+from moetrain.config.pipeline import check_pipeline
 from moetrain.config.schema import Config
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
@@ -34,12 +35,6 @@ AT_LEAST = {
     "checkpoint.keep": 0,
     "model.moe.n_experts": 0,
 }
-# Legal arithmetic, but the code that runs them is still to come: refused by name rather than ignored.
-NOT_RUNNING = {
-    "parallel.pp": 1,
-    "parallel.recompute": "none",
-    "parallel.schedule": "1f1b",
-}
 
 
 def validate(config: Config, world: int) -> Layout:
@@ -51,12 +46,10 @@ def validate(config: Config, world: int) -> Layout:
             raise _refuse(key, _get(config, key), f"is below {least}", least)
     degrees = {key: getattr(config.parallel, key) for key in ("pp", "tp", "cp", "ep", "etp", "dp_replicate")}
     layout = make_layout(world, **degrees)
-    for key, only in NOT_RUNNING.items():
-        if _get(config, key) != only:
-            raise _refuse(key, _get(config, key), "is not running yet", only)
     _check_batches(config, layout)
     check_model(config.model)
     _check_cp(config, layout)
+    check_pipeline(config, layout)
     check_data(config.data)
     if layout.tp > 1:
         _check_tp(config, layout)
@@ -67,6 +60,7 @@ def validate(config: Config, world: int) -> Layout:
             if getattr(layout, key) > 1:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
+    _check_tape(config)
     return layout
 
 
@@ -142,6 +136,15 @@ def _check_init(config: Config) -> None:
     unknown = set(config.init) - {"from"}
     if unknown:
         raise ValueError(f"init.{sorted(unknown)[0]}: no such key; did you mean 'init.from'?")
+
+
+def _check_tape(config: Config) -> None:
+    record, replay = config.router.get("record", ""), config.router.get("replay", "")
+    if record and record == replay:
+        raise _refuse("router.record", record, "would overwrite what router.replay reads", '""')
+    for key, value in (("record", record), ("replay", replay)):
+        if value and not config.model.moe.n_experts:
+            raise _refuse(f"router.{key}", value, "needs experts, but model.moe.n_experts=0", '""')
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

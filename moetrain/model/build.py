@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moetrain.config.plugins import build_plugin
+from moetrain.config.plugins import build_plugin, router_options
 from moetrain.config.schema import Config
 from moetrain.model.decoder import Decoder
 from moetrain.moe.experts.base import ExpertBackend
@@ -29,7 +29,7 @@ def build_model(config: Config, device_type: str) -> Decoder:
                 for name, node in config.balance.items()
             }
         shared = SharedExperts(model.d_model, moe.d_shared, moe.shared_gate) if moe.d_shared else None
-        router = build_plugin("router", config.router, d_model=model.d_model, n_experts=moe.n_experts)
+        router = build_plugin("router", router_options(config.router), d_model=model.d_model, n_experts=moe.n_experts)
         return MoELayer(router, Experts(moe.n_experts, model.d_model, moe.d_expert, backend), balance, shared)
 
     return Decoder(config.model, build_moe, documents=config.data.documents == "stop")

@@ -38,13 +38,25 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, token_BS: Tensor, context: TokenContext, criterion: Criterion | None = None) -> Tensor:
-        """Logits [B, S, V], or criterion(h_TD, head_weight_VD), which need not hold all logits at once."""
-        x_BSD = self.embed(token_BS)
+    def forward(
+        self,
+        token_BS: Tensor,
+        context: TokenContext,
+        criterion: Criterion | None = None,
+        received: tuple[Tensor, ...] = (),
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Logits [B, S, V], or criterion(h_TD, head_weight_VD), which need not hold all logits at once.
+
+        A part of the layers takes what the part before it returned, (x_BSD,) or (x_BSD, carry), as `received` in place
+        of the embedding; without the last norm it returns the same for the part after it.
+        """
+        x_BSD = received[0] if received else self.embed(token_BS)
         shared = share(context, self.config.attention, x_BSD.dtype, self.documents, self.row_attention)
-        carry: Tensor | None = None
+        carry = received[1] if len(received) > 1 else None
         for block in self.layers.values():
             x_BSD, carry = block(x_BSD, shared, carry)
+        if self.norm is None:
+            return (x_BSD,) if carry is None else (x_BSD, carry)
         h_BSD = self.gather(self.norm(x_BSD))
         weight_VD = local(self.embed.weight if self.head is None else self.head.weight)
         if criterion is None:

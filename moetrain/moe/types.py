@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moetrain.moe.kept import Kept
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -33,6 +35,8 @@ class TokenContext:
 
     token_BS: int64 input ids. position_BS: int64, for rotary embeddings.
     document_BS: int32, equal inside a document of a row; -1 is padding. None of it carries gradient.
+    index_BS: int64, row * S + offset of each token in the global batch; there only to record or replay routing.
+    chosen_TK: experts a router must take instead of its own choice (`router.common.choose`); None leaves it free.
     """
 
     token_BS: Tensor
@@ -40,6 +44,8 @@ class TokenContext:
     document_BS: Tensor
     totals: Totals
     step: int = 0
+    index_BS: Tensor | None = None
+    chosen_TK: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -62,6 +68,7 @@ class Routing:
     logit_TE: differentiable raw router outputs.
     count_E: int64, how often each expert was chosen by a valid token, before any token is dropped.
     context: the tokens it was made for. carry: what the next MoE layer's router may look at.
+    kept: where a dispatcher may leave what a recomputed pass need not work out again; None without recomputation.
     """
 
     expert_TK: Tensor
@@ -72,3 +79,4 @@ class Routing:
     count_E: Tensor
     context: TokenContext
     carry: Tensor | None = None
+    kept: Kept | None = None

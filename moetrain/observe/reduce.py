@@ -32,20 +32,37 @@ class StepSums:
         return sum(self.losses.values(), start=self.ce_loss)
 
 
-def reduce_step(ce_loss: Tensor, stop: bool, layers: list[MoELayer], group: dist.ProcessGroup) -> StepSums:
-    """Sum this step over `group` and empty the layers' statistics. fp64 holds counts up to 2^53 exactly."""
-    names = sorted({name for layer in layers for name in layer.stats.losses})
+def reduce_step(
+    ce_loss: Tensor,
+    stop: bool,
+    layers: list[MoELayer | None],
+    names: list[str],
+    n_experts: int,
+    groups: list[dist.ProcessGroup],
+) -> StepSums:
+    """Sum this step over each of `groups` in turn and empty the layers' statistics. fp64 holds counts up to 2^53.
+
+    layers: all MoE layers of the model in order, None for those of other pipeline stages; each has n_experts.
+    names: the losses to report. groups: the data ranks, then the pipeline's if there is one.
+    """
+    here = [layer for layer in layers if layer is not None]
     zero = torch.zeros((), dtype=torch.float64, device=ce_loss.device)
-    of_loss = [sum((layer.stats.losses.get(name, zero) for layer in layers), start=zero) for name in names]
+    of_loss = [sum((layer.stats.losses.get(name, zero) for layer in here), start=zero) for name in names]
     head = [ce_loss.double(), torch.full_like(zero, float(stop)), *of_loss]
     entropies, counts = [], []
     for layer in layers:
+        if layer is None:
+            entropies.append(zero)
+            counts.append(zero.expand(n_experts))
+            continue
         assert layer.stats.count_E is not None, "a MoE layer routed nothing in this step"
         assert layer.stats.entropy is not None
         entropies.append(layer.stats.entropy)
         counts.append(layer.stats.count_E.double())
         layer.stats.reset()
-    flat = all_reduce_sum(torch.cat([torch.stack(head + entropies), *counts]), group)
+    flat = torch.cat([torch.stack(head + entropies), *counts])
+    for group in groups:
+        flat = all_reduce_sum(flat, group)
     scalars, rest = flat[: len(head) + len(layers)], flat[len(head) + len(layers) :]
     return StepSums(
         ce_loss=scalars[0],

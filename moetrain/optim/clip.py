@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+def grad_norm(parameters: Iterable[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
     """L2 norm of all gradients, each element counted once: a 0-d tensor, equal on every rank.
 
     parameters: DTensors of any number of meshes, or plain tensors, which are taken as equal on every rank. Every rank
     must pass the same ones in the same order. A gradient of None counts as zero. Squares are summed in fp64 when a
     parameter is fp64 and in fp32 otherwise. One scalar all-reduce per distinct set of sharded axes and axis in it.
+    stages: the ranks with the other pipeline stages' parameters at this rank's place, None without a pipeline.
     Raises ValueError for a gradient that still waits for its reduction (a Partial placement).
     """
     parameters = list(parameters)
@@ -37,12 +38,14 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
         groups = _sharded_over(parameter)
         square = zero if parameter.grad is None else _local_square(parameter.grad, wide)
         squares[groups] = squares.get(groups, zero) + square
-    total = zero
+    total = zero.clone()
     for groups, square in squares.items():
         square = square.clone()
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
     return total.sqrt()
 
 

@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 
 from moetrain.config.schema import Config
 from moetrain.mesh.build import Meshes
 from moetrain.model.build import build_model
 from moetrain.model.decoder import Decoder
+from moetrain.moe.balance.base import Balance
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.cp import apply_cp
 from moetrain.parallel.ep import apply_ep
 from moetrain.parallel.fsdp import apply_fsdp
 from moetrain.parallel.initialize import initialise, materialise
+from moetrain.parallel.pp import Pipeline, carry_width, cut, keep_stages
+from moetrain.parallel.recompute import apply_recompute
 from moetrain.parallel.tp import apply_tp
 
 MASTER_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
 
-def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -> Decoder:
+@dataclass(frozen=True)
+class ParallelModel:
+    """This rank's part of the model.
+
+    model: holds all parameters that are here under the whole model's names. pipeline: runs it in stages, None for one.
+    loss_names: the balance plugins with a loss, of every layer, here or not.
+    """
+
+    model: Decoder
+    pipeline: Pipeline | None
+    loss_names: list[str]
+
+
+def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -> ParallelModel:
     """The model, divided over the meshes and initialised, with master weights on `device`."""
     with torch.device("meta"):
         model = build_model(config, device.type)
-    apply_tp(model, meshes)  # 1. which heads, columns, and words are here
-    apply_ep(model, meshes, config.dispatch)  # 2. which experts are here
-    apply_cp(model, meshes, config.parallel.cp_method)  # 3. which positions of a row are here
-    blocks = list(model.layers.values())
-    apply_fsdp(model, blocks, meshes, config.train.precision)  # 4. which part of each parameter is here
-    materialise(model, device, MASTER_DTYPE[config.train.precision])  # 5. storage for that part
-    initialise(model, config.run.seed, config.model.init_std)  # 6. the same values under every layout
-    return model
+    names, width, piped = loss_names(model), carry_width(model), config.parallel.pp > 1
+    mine = keep_stages(model, config, meshes) if piped else []  # 1. which layers are here
+    apply_tp(model, meshes)  # 2. which heads, columns, and words are here
+    apply_ep(model, meshes, config.dispatch)  # 3. which experts are here
+    apply_cp(model, meshes, config.parallel.cp_method)  # 4. which positions of a row are here
+    apply_recompute(list(model.layers.values()), config.parallel.recompute)  # 5. what a forward pass stores
+    stages = cut(model, config, mine) if piped else []  # 6. what runs as one piece
+    reshard = not piped and config.parallel.reshard_after_forward is not False
+    parts: list[Decoder] = [*stages] or [model]
+    for part in parts:
+        blocks = list(part.layers.values())
+        apply_fsdp(part, blocks, meshes, config.train.precision, reshard)  # 7. which part of each parameter is here
+        materialise(part, device, MASTER_DTYPE[config.train.precision])  # 8. storage for that part
+    initialise(model, config.run.seed, config.model.init_std)  # 9. the same values under every layout
+    pipeline = Pipeline(config, meshes, stages, width, device) if piped else None
+    return ParallelModel(model, pipeline, names)
+
+
+def loss_names(model: nn.Module) -> list[str]:
+    """Names of the balance plugins that have a loss."""
+    plugins = [item for layer in model.modules() if isinstance(layer, MoELayer) for item in layer.plugins().items()]
+    return sorted({name for name, plugin in plugins if type(plugin).on_routing is not Balance.on_routing})

@@ -17,8 +17,12 @@ from moetrain.moe.layer import MoELayer
 from moetrain.parallel.ep import EXPERT_MODEL_DIM, EXPERT_WIDTH_DIM
 
 
-def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precision: str) -> None:
-    """Shard experts, then each block, then what is left (embedding, final norm, head) with the root."""
+def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precision: str, reshard: bool) -> None:
+    """Shard experts, then each block, then what is left (embedding, final norm, head) with the root.
+
+    reshard: free gathered parameters after the forward pass and gather them again for the backward pass; False keeps
+    them, for memory. The root's stay in either case: they are the first that the backward pass needs.
+    """
     policy = _policy(precision)
     for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
         # Along a dim that neither ep (E) nor etp (F) divides: two axes on one dim would interleave the shards.
@@ -28,10 +32,17 @@ def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precis
             layer.experts,
             mesh=meshes.expert_fsdp,
             mp_policy=policy,
+            reshard_after_forward=reshard,
             shard_placement_fn=lambda p, dims=dims: Shard(dims[id(p)]),  # type: ignore[misc]
         )
     for block in blocks:
-        fully_shard(block, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=_free_dim)
+        fully_shard(
+            block,
+            mesh=meshes.dense_fsdp,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=_free_dim,
+        )
     fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=_free_dim)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -51,7 +51,8 @@ def apply_tp(model: Decoder, meshes: Meshes) -> None:
     tp = Share(mesh, mesh.get_group(), mesh.get_local_rank(), mesh.size())
     gather = partial(gather_shards, dim=SEQUENCE, group=tp.group)
     model.gather = gather
-    model.embed = VocabEmbedding(model.embed, tp)  # type: ignore[assignment]
+    if model.embed is not None:
+        model.embed = VocabEmbedding(model.embed, tp)  # type: ignore[assignment]
     if model.head is not None:
         model.head.weight = _divide(model.head.weight, 0, tp)
     for block in model.layers.values():
@@ -84,7 +85,8 @@ def own_tokens(context: TokenContext, tp: Share) -> TokenContext:
         return t_BS.chunk(tp.size, dim=SEQUENCE)[tp.rank]
 
     parts = mine(context.token_BS), mine(context.position_BS), mine(context.document_BS)
-    return TokenContext(*parts, totals=context.totals, step=context.step)
+    index_BS = None if context.index_BS is None else mine(context.index_BS)
+    return TokenContext(*parts, totals=context.totals, step=context.step, index_BS=index_BS)
 
 
 class ColumnLinear(nn.Module):

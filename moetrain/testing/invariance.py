@@ -61,6 +61,13 @@ CASES = [
     _case(2, quick=True, cp=2),
     _case(4, quick=True, tp=2, cp=2, ep=4),
     _case(4, tp=2, cp=2, etp=2, ep=2),
+    _case(2, quick=True, pp=2),
+    _case(4, pp=2, tp=2),
+    _case(4, pp=2, cp=2, ep=2),
+    _case(4, pp=2, ep=2),
+    _case(4, "parallel.schedule=interleaved", pp=2, ep=2),
+    _case(4, "parallel.schedule=zbv", pp=2, ep=2),
+    _case(4, "parallel.schedule=dualpipev", "train.micro_batch=1", pp=2, ep=2),
 ]
 
 
@@ -73,7 +80,7 @@ def overrides(case: Case, documents: list[str], run_dir: Path, precision: str) -
 
 def measure(case: Case, documents: list[str], directory: Path, precision: str, steps: int) -> list:
     """The recorded steps of one layout."""
-    options = overrides(case, documents, directory / f"{case.name}-{precision}".replace(" ", "-"), precision)
+    options = overrides(case, documents, directory / f"{case.name}-{precision}".replace(" ", "-").replace("=", "-"), precision)
     return run_ranks(record, case.world, options, steps, timeout_s=600)[0][0]
 
 

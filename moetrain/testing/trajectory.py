@@ -53,10 +53,21 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
         row, _ = trainer.train_step()
         recorded.append(Step(row, dict(seen)))
     weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
+    if trainer.pipeline is not None:
+        for part in (weights, *(step.gradients for step in recorded)):
+            _join_stages(part, trainer.pipeline.group)
     trainer.close()
     if alone:
         dist.destroy_process_group()
     return recorded, weights
+
+
+def _join_stages(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Each rank of a pipeline has the parameters of its stages."""
+    parts: list[dict[str, Tensor]] = [{}] * group.size()
+    dist.all_gather_object(parts, tensors, group=group)
+    for part in parts:
+        tensors.update(part)
 
 
 def _rank_device() -> torch.device:

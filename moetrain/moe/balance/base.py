@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,3 +55,27 @@ class _AttachLoss(torch.autograd.Function):
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """`y` unchanged, with `loss` added to the objective: its gradient is 1 wherever y's is taken."""
     return _AttachLoss.apply(y, loss)
+
+
+class _AttachGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, grads: Sequence[Tensor | None], *tensors: Tensor) -> Tensor:
+        # On ctx, not by save_for_backward: recomputation would ask for saved tensors again.
+        ctx.grads = grads
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, *ctx.grads
+
+
+def attach_gradients(y: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
+    """`y` unchanged, with a loss added to the objective whose gradients by `tensors` are known to be `grads`."""
+    return _AttachGradients.apply(y, tuple(grads), *tensors)
+
+
+@contextmanager
+def kept_graph() -> Iterator[None]:
+    """What autograd saves inside is kept, also within a region whose activations are recomputed."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield

@@ -31,7 +31,7 @@ class CollectiveDispatch:
         owner_TK = torch.where(expert_TK >= 0, expert_TK // self.local_experts, -1)
         wanted_RT = owner_TK.T[None] == torch.arange(ep, device=x_TD.device)[:, None, None]  # [R, K, T]
         wanted_RT = wanted_RT.any(dim=1)
-        send, receive = self._exchange_counts(wanted_RT.sum(dim=1))
+        send, receive = self._row_counts(wanted_RT.sum(dim=1), routing)
 
         # One row for each (rank, token) that is wanted, rank by rank: position p holds token token_N[p].
         where_N = _positions(wanted_RT.flatten(), sum(send))
@@ -46,6 +46,14 @@ class CollectiveDispatch:
         partial_MD = experts(rows_MD, slots_MK.long(), gates_MK)
         partial_ND = all_to_all_rows(partial_MD, receive, send, self.group)
         return torch.zeros_like(x_TD).index_add(0, token_N, partial_ND.to(x_TD.dtype))
+
+    def _row_counts(self, send_R: Tensor, routing: Routing) -> tuple[list[int], list[int]]:
+        """Exchanged once: a recomputed pass has the same routing."""
+        if routing.kept is None:
+            return self._exchange_counts(send_R)
+        if routing.kept.rows is None:
+            routing.kept.rows = self._exchange_counts(send_R)
+        return routing.kept.rows
 
     def _exchange_counts(self, send_R: Tensor) -> tuple[list[int], list[int]]:
         receive_R = torch.empty_like(send_R)

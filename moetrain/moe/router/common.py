@@ -24,6 +24,18 @@ def top_k(score_TE: Tensor, k: int) -> Tensor:
     return score_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
+def choose(selection_TE: Tensor, k: int, context: TokenContext) -> Tensor:
+    """The experts of each token [T, k]: the k best, or those that the context prescribes (recomputation, replay).
+
+    Every router chooses through this, then takes gates from its own scores. Padding, -1 in what is prescribed, stays
+    free. A router whose k varies reads `context.chosen_TK` itself.
+    """
+    expert_TK = top_k(selection_TE, k)
+    if context.chosen_TK is None:
+        return expert_TK
+    return torch.where(context.chosen_TK >= 0, context.chosen_TK, expert_TK)
+
+
 def make_routing(
     *,
     expert_TK: Tensor,

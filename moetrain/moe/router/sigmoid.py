@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moetrain.moe.router.common import make_routing, router_logits, top_k
+from moetrain.moe.router.common import choose, make_routing, router_logits, top_k
 from moetrain.moe.types import Routing, TokenContext
 
 
@@ -50,7 +50,7 @@ class SigmoidTopK(nn.Module):
         selection_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E
         if self.n_groups > 1:
             selection_TE = limit_groups(selection_TE, self.n_groups, self.topk_groups)
-        expert_TK = top_k(selection_TE, self.top_k)
+        expert_TK = choose(selection_TE, self.top_k, context)
         gate_TK = score_TE.gather(-1, expert_TK)
         if self.renormalize and self.top_k > 1:
             gate_TK = gate_TK / (gate_TK.sum(dim=-1, keepdim=True) + 1e-20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moetrain.moe.router.common import make_routing, router_logits, top_k
+from moetrain.moe.router.common import choose, make_routing, router_logits
 from moetrain.moe.types import Routing, TokenContext
 
 
@@ -44,7 +44,7 @@ class SoftmaxTopK(nn.Module):
         selection_TE = prob_TE if self.order == "pre" else logit_TE
         if bias_E is not None:
             selection_TE = selection_TE + bias_E
-        expert_TK = top_k(selection_TE, self.top_k)
+        expert_TK = choose(selection_TE, self.top_k, context)
         if self.order == "post":
             gate_TK = logit_TE.gather(-1, expert_TK).softmax(dim=-1)
         else:

@@ -1,0 +1,21 @@
+"""What the first pass through a MoE layer decided, for the passes that recompute its activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Kept:
+    """One micro-batch's decisions in one layer, empty until its first pass. parallel/recompute.py makes one a forward.
+
+    A recomputed pass takes them over: a choice made again could differ by rounding, and would then have its gradient
+    taken at other experts than its loss; counts and balance losses taken again would count twice.
+
+    expert_TK: the chosen experts. rows: (rows sent, rows received) per rank of an exchange, which need no second one.
+    """
+
+    expert_TK: Tensor | None = None
+    rows: tuple[list[int], list[int]] | None = None

@@ -1,0 +1,151 @@
+"""Routing on disk: record every choice of a run, or make a run take the choices of another.
+
+    DIR/step_00000001/rank_00000.safetensors    "<layer>.index" int64 [N], "<layer>.experts" int16 [N, K]
+
+index is row * S + offset of a token in the step's global batch, so a record says nothing of the layout that wrote it,
+and any layout replays it. A routing choice is discrete: two correct runs in fp32 or bf16 differ by rounding, flip a
+choice, and drift apart. With one run's routing replayed in the other, what remains is rounding.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.router.common import top_k
+from moetrain.moe.types import Routing, TokenContext
+
+UNKNOWN = -2  # in a player's table: not in the record; -1 is padding
+
+
+class LayerRecorder:
+    """Collects one layer's choices of a step. Implements moe.tape.LayerTape."""
+
+    def __init__(self) -> None:
+        self.index: list[Tensor] = []
+        self.experts: list[Tensor] = []
+
+    def recall(self, context: TokenContext) -> Tensor | None:
+        return None
+
+    def note(self, routing: Routing) -> None:
+        assert routing.context.index_BS is not None
+        self.index.append(routing.context.index_BS.flatten())
+        self.experts.append(routing.expert_TK.to(torch.int16))
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Everything since the last call: index [N] and experts [N, K], on the CPU."""
+        taken = torch.cat(self.index).cpu(), torch.cat(self.experts).cpu()
+        self.index, self.experts = [], []
+        return taken
+
+
+class LayerPlayer:
+    """Prescribes one layer's recorded choices, and passes on to a recorder. Implements moe.tape.LayerTape.
+
+    flips: int64, choices of valid tokens since the last `load` that the router would not have made itself.
+    """
+
+    def __init__(self, recorder: LayerRecorder | None) -> None:
+        self.recorder = recorder
+        self.expert_NK = torch.empty(0, 0, dtype=torch.int16)
+        self.flips = torch.zeros((), dtype=torch.int64)
+
+    def load(self, expert_NK: Tensor) -> None:
+        self.expert_NK = expert_NK
+        self.flips = torch.zeros((), dtype=torch.int64, device=expert_NK.device)
+
+    def recall(self, context: TokenContext) -> Tensor | None:
+        assert context.index_BS is not None
+        return self.expert_NK[context.index_BS.flatten()].long()
+
+    def note(self, routing: Routing) -> None:
+        live_TK = top_k(routing.selection_TE, routing.expert_TK.shape[1])
+        same_TK = (routing.expert_TK[:, :, None] == live_TK[:, None, :]).any(-1)
+        self.flips = self.flips + ((routing.expert_TK >= 0) & ~same_TK).sum()
+        if self.recorder is not None:
+            self.recorder.note(routing)
+
+
+class RoutingTape:
+    """This rank's part of `router.record` and `router.replay`; hands each layer its recorder or player.
+
+    record, replay: directories, empty for neither. Only for training steps; evaluations route freely.
+    """
+
+    def __init__(self, record: str, replay: str, layers: dict[int, MoELayer], rank: int, device: torch.device) -> None:
+        self.record, self.replay = Path(record) if record else None, Path(replay) if replay else None
+        self.rank, self.device = rank, device
+        self.recorders = {number: LayerRecorder() for number in layers} if record else {}
+        self.players = {number: LayerPlayer(self.recorders.get(number)) for number in layers} if replay else {}
+        for number, layer in layers.items():
+            layer.tape = self.players.get(number) or self.recorders.get(number)
+
+    def __bool__(self) -> bool:
+        return self.record is not None or self.replay is not None
+
+    def start(self, step: int) -> None:
+        """Forget what an earlier run recorded after `step`. On one rank, before the first step."""
+        for path in self.record.iterdir() if self.record is not None and self.record.is_dir() else ():
+            found = re.fullmatch(r"step_(\d{8,})", path.name)
+            if found and int(found[1]) > step:
+                shutil.rmtree(path)
+
+    def begin(self, step: int, tokens: int) -> None:
+        """Before the forward passes of `step` (from 1), whose global batch has `tokens` tokens, padding included.
+
+        Raises ValueError when the replayed record does not have all of them.
+        """
+        if self.replay is None:
+            return
+        tables = _read(self.replay / _step(step), list(self.players), tokens)
+        for number, player in self.players.items():
+            player.load(tables[number].to(self.device))
+
+    def finish(self, step: int) -> Tensor:
+        """After the passes of `step`: write what was recorded; returns the flipped choices of this rank, int64 0-d."""
+        if self.record is not None:
+            tensors = {}
+            for number, recorder in self.recorders.items():
+                tensors[f"{number}.index"], tensors[f"{number}.experts"] = recorder.take()
+            path = self.record / _step(step) / f"rank_{self.rank:05d}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hidden = path.with_name(f".{path.name}")
+            save_file(tensors, hidden)
+            hidden.rename(path)
+        flips = [player.flips for player in self.players.values()]
+        return torch.stack(flips).sum() if flips else torch.zeros((), dtype=torch.int64, device=self.device)
+
+
+def _step(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _read(directory: Path, layers: list[int], tokens: int) -> dict[int, Tensor]:
+    """Layer -> experts [tokens, K] of one step, from the files of whatever ranks wrote it."""
+    tables: dict[int, Tensor] = {}
+    for path in sorted(directory.glob("rank_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for layer in layers:
+                if f"{layer}.index" not in names:
+                    continue
+                index_N, expert_NK = file.get_tensor(f"{layer}.index"), file.get_tensor(f"{layer}.experts")
+                if index_N.numel() and int(index_N.max()) >= tokens:
+                    raise ValueError(
+                        f"router.replay: {directory} was recorded with a larger batch than {tokens} tokens"
+                    )
+                new = torch.full((tokens, expert_NK.shape[1]), UNKNOWN, dtype=torch.int16)
+                tables.setdefault(layer, new)[index_N] = expert_NK
+    for layer in layers:
+        missing = tokens if layer not in tables else int((tables[layer][:, 0] == UNKNOWN).sum())
+        if missing:
+            raise ValueError(f"router.replay: {directory} lacks layer {layer} for {missing} of {tokens} tokens")
+    return tables
