@@ -182,6 +182,7 @@ class Trainer:
     def _index(self, batch: Batch, number: int) -> Tensor:
         """Where each token of micro-step `number` stands in the global batch: the order of data/loader.py."""
         rows, length = batch.token_BS.shape
+        assert length == self.config.train.seq_len, "rows are cut before their tokens were numbered"
         first = (number * self.layout.dp + self.meshes.dp_rank) * rows
         index = torch.arange(first * length, (first + rows) * length, device=self.device)
         return index.view(rows, length)

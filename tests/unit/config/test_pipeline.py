@@ -27,4 +27,4 @@ def test_layers_are_even_and_none_is_lost(n_layers, counts):
 
 def test_uneven_layers_are_taken_as_given():
     spans = stage_layers(ParallelConfig(pp=2, pp_layers=[1, 3]), 4)
-    assert spans == [range(0, 1), range(1, 4)]
+    assert spans == [range(1), range(1, 4)]
