@@ -74,7 +74,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Write and fsync one folder; every rank calls it with the same names. Raises RuntimeError on all if one fails."""
+    """Write and fsync one folder; every rank calls it with what it holds. Raises RuntimeError on all if one fails."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet():
@@ -84,7 +84,7 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Overwrite `tensors` in place from one folder; every rank calls it with the same names. See `mismatches` first."""
+    """Overwrite `tensors` in place from one folder; every rank calls it with what it holds. See `mismatches` first."""
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 from moetrain.config.schema import Config, ParallelConfig
-from moetrain.mesh.layout import Layout, nearest_divisor
+from moetrain.mesh.layout import Layout
 
 STAGES_PER_RANK = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
 V_SCHEDULES = ("zbv", "dualpipev")  # these also split a backward pass into inputs' and weights' gradients
@@ -99,7 +99,7 @@ def _too_few(parallel: ParallelConfig, count: int) -> str:
         return f"{what} needs at least {least}"
     rounds = max(1, count // parallel.pp)
     if parallel.schedule == "interleaved" and count % rounds:
-        return f"{what} needs a multiple of {nearest_divisor(rounds, count)} or of {parallel.pp}"
+        return f"{what} needs a multiple of its {rounds} rounds"
     return ""
 
 

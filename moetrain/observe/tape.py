@@ -36,8 +36,10 @@ class LayerRecorder:
         return None
 
     def note(self, routing: Routing) -> None:
-        assert routing.context.index_BS is not None
-        self.index.append(routing.context.index_BS.flatten())
+        index_BS = routing.context.index_BS
+        assert index_BS is not None
+        assert index_BS.numel() == routing.expert_TK.shape[0], "index_BS was not cut like the tokens"
+        self.index.append(index_BS.flatten())
         self.experts.append(routing.expert_TK.to(torch.int16))
 
     def take(self) -> tuple[Tensor, Tensor]:
