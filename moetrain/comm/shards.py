@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moetrain.comm.compat import all_gather_single, reduce_scatter_single
+
 
 def local(weight: Tensor) -> Tensor:
     """What this rank holds of a weight, with the gradient in the weight's own placement; a plain tensor as it is."""
@@ -77,7 +79,7 @@ def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """The collective knows dim 0 only, so `dim` travels there and back."""
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty((first.shape[0] * group.size(), *first.shape[1:]))
-    dist.all_gather_into_tensor(out, first, group=group)
+    all_gather_single(out, first, group=group)
     return out.movedim(0, dim)
 
 
@@ -85,7 +87,7 @@ def _sum_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     assert first.shape[0] % group.size() == 0, f"{first.shape[0]} along dim {dim} over {group.size()} ranks"
     out = first.new_empty((first.shape[0] // group.size(), *first.shape[1:]))
-    dist.reduce_scatter_tensor(out, first, group=group)
+    reduce_scatter_single(out, first, group=group)
     return out.movedim(0, dim)
 
 
