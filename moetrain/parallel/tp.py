@@ -11,8 +11,9 @@ part of their gradient: `sum_replicated_gradients` adds the parts, once a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,12 +44,17 @@ class Share:
     size: int
 
 
+def share_of(meshes: Meshes) -> Share:
+    """This rank's place among its tp ranks."""
+    mesh = meshes.dense["tp"]
+    return Share(mesh, mesh.get_group(), mesh.get_local_rank(), mesh.size())
+
+
 def apply_tp(model: Decoder, meshes: Meshes) -> None:
     """Divide dense layers over tp and fill the seams where rows are gathered. Parameters are still on meta."""
     if meshes.layout.tp == 1:
         return
-    mesh = meshes.dense["tp"]
-    tp = Share(mesh, mesh.get_group(), mesh.get_local_rank(), mesh.size())
+    tp = share_of(meshes)
     gather = partial(gather_shards, dim=SEQUENCE, group=tp.group)
     model.gather = gather
     if model.embed is not None:
@@ -80,13 +86,19 @@ def _divide_layer(layer: nn.Module, tp: Share) -> None:
 
 def own_tokens(context: TokenContext, tp: Share) -> TokenContext:
     """The part of a row's context that belongs to this rank's tokens."""
+    known: dict[str, Any] = {field.name: getattr(context, field.name) for field in fields(TokenContext)}
+    known |= {name: _stretch(value, tp) for name, value in known.items() if name.endswith("_BS")}
+    return TokenContext(**known)
 
-    def mine(t_BS: Tensor) -> Tensor:
-        return t_BS.chunk(tp.size, dim=SEQUENCE)[tp.rank]
 
+<<<<<<< ours
     parts = mine(context.token_BS), mine(context.position_BS), mine(context.document_BS)
     index_BS = None if context.index_BS is None else mine(context.index_BS)
     return TokenContext(*parts, totals=context.totals, step=context.step, index_BS=index_BS)
+=======
+def _stretch(t_BS: Tensor | None, tp: Share) -> Tensor | None:
+    return None if t_BS is None else t_BS.chunk(tp.size, dim=SEQUENCE)[tp.rank]
+>>>>>>> theirs
 
 
 class ColumnLinear(nn.Module):
@@ -163,6 +175,8 @@ def sum_replicated_gradients(parameters: list[nn.Parameter], meshes: Meshes) -> 
     if meshes.layout.tp == 1:
         return
     grads = [local(p.grad) for p in parameters if p.grad is not None and _replicated(p)]
+    if not grads:
+        return
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat, group=meshes.dense.get_group("tp"))
     for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):

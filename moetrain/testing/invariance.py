@@ -80,7 +80,9 @@ def overrides(case: Case, documents: list[str], run_dir: Path, precision: str) -
 
 def measure(case: Case, documents: list[str], directory: Path, precision: str, steps: int) -> list:
     """The recorded steps of one layout."""
-    options = overrides(case, documents, directory / f"{case.name}-{precision}".replace(" ", "-").replace("=", "-"), precision)
+    options = overrides(
+        case, documents, directory / f"{case.name}-{precision}".replace(" ", "-").replace("=", "-"), precision
+    )
     return run_ranks(record, case.world, options, steps, timeout_s=600)[0][0]
 
 
