@@ -91,14 +91,8 @@ def own_tokens(context: TokenContext, tp: Share) -> TokenContext:
     return TokenContext(**known)
 
 
-<<<<<<< ours
-    parts = mine(context.token_BS), mine(context.position_BS), mine(context.document_BS)
-    index_BS = None if context.index_BS is None else mine(context.index_BS)
-    return TokenContext(*parts, totals=context.totals, step=context.step, index_BS=index_BS)
-=======
 def _stretch(t_BS: Tensor | None, tp: Share) -> Tensor | None:
     return None if t_BS is None else t_BS.chunk(tp.size, dim=SEQUENCE)[tp.rank]
->>>>>>> theirs
 
 
 class ColumnLinear(nn.Module):
