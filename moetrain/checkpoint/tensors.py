@@ -76,6 +76,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Write and fsync one folder; every rank calls it with the same names. Raises RuntimeError on all if one fails."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    save_planned(directory, tensors, planner)
+
+
+def save_planned(directory: Path, tensors: dict[str, Tensor], planner: dcp.SavePlanner) -> None:
+    """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere."""
     try:
         with _quiet():
             dcp.save(tensors, storage_writer=_Writer(directory), planner=planner)
