@@ -13,7 +13,7 @@ from moetrain.checkpoint.store import load_weights, resolve
 from moetrain.model.build import build_model
 from moetrain.model.generate import one_document
 
-_COMMON = {
+COMMON = {
     "vocab_size": 48,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -85,7 +85,7 @@ FAMILIES = {
 def make(family: str, directory: Path, **save) -> torch.nn.Module:
     """Save a random model of the family and return it. Every tensor is noisy: a swapped or skipped one shows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})).eval()
     with torch.no_grad():
         for tensor in {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=True))}.values():
             if tensor.is_floating_point() and not any(tensor is b for n, b in model.named_buffers() if "inv_freq" in n):
