@@ -134,6 +134,21 @@ def export(overrides: list[str]) -> None:
     print(f"{options['checkpoint']} -> {options['out']} ({family.name})")
 
 
+def upcycle(overrides: list[str]) -> None:
+    """turn a dense model into a MoE: moetrain upcycle source=DIR upcycle=virtual_group experts=8 top_k=2 out=CKPT"""
+    from moetrain.comm.start import start_distributed, stop_distributed
+    from moetrain.upcycle.command import upcycle
+
+    options = _options(overrides)
+    start_distributed()
+    try:
+        text = upcycle(options)
+        if is_rank0():
+            print(text)
+    finally:
+        stop_distributed()
+
+
 def _exactly(overrides: list[str], verb: str, keys: tuple[str, ...]) -> dict[str, str]:
     """The options of a verb that needs all of its keys and takes no other."""
     options = _options(overrides)
@@ -172,6 +187,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     "import": import_,
     "export": export,
+    "upcycle": upcycle,
 }
 
 

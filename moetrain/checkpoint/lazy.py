@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def write_lazy(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def stored(directory: Path) -> dict[str, LazyTensor]:
-    """The tensors of one folder by global name, each read whole, on the CPU, when it is made. For one process."""
+    """The tensors of one folder by global name, each read whole, on the CPU, when this rank makes it."""
     entries: dict[str, Any] = read_metadata(directory).state_dict_metadata
     found = {}
     for name, entry in sorted(entries.items()):
@@ -44,16 +44,10 @@ def stored(directory: Path) -> dict[str, LazyTensor]:
     return found
 
 
-def each(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one after the other."""
-    for name, tensor in tensors.items():
-        yield name, tensor.make()
-
-
 def _reader(directory: Path, name: str, shape: torch.Size, dtype: torch.dtype) -> Callable[[], Tensor]:
     def make() -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
-        read_tensors(directory, {name: tensor})
+        read_tensors(directory, {name: tensor}, alone=True)
         return tensor
 
     return make

@@ -88,12 +88,15 @@ def save_planned(directory: Path, tensors: dict[str, Tensor], planner: dcp.SaveP
         raise RuntimeError(f"{directory} was not written: {error}") from error
 
 
-def read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Overwrite `tensors` in place from one folder; every rank calls it with the same names. See `mismatches` first."""
+def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+    """Overwrite `tensors` in place from one folder. See `mismatches` first.
+
+    Every rank calls it with the same names, unless `alone`: then this one reads whatever the others do.
+    """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet():
-            dcp.load(tensors, storage_reader=_Reader(directory), planner=planner)
+            dcp.load(tensors, storage_reader=_Reader(directory), planner=planner, no_dist=alone)
     except CheckpointException as error:
         raise RuntimeError(f"{directory} was not read: {error}") from error
 

@@ -36,10 +36,7 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
     """
     source, out = Path(source), Path(out)
     config, tensors = open_hf(source)
-    on_rank0(lambda: _prepare(source, out))
-    if (out / FOLDER / "tokenizer_config.json").is_file() or (out / FOLDER / "tokenizer.json").is_file():
-        config.data.tokenizer = str((out / FOLDER).resolve())
-    on_rank0(lambda: (out / "config.yaml").write_text(to_yaml(config)))
+    prepare_run(out, config, source)
     return CheckpointStore(out).save_weights(0, tensors, asdict(config))
 
 
@@ -79,9 +76,23 @@ def _lazy(files: Source, form: Form, names: list[str], ours: str, wanted: Mappin
     return LazyTensor(empty.shape, dtypes.pop(), make)
 
 
-def _prepare(source: Path, out: Path) -> None:
+def prepare_run(out: Path, config: Config, folder: Path | None) -> None:
+    """Make the run directory `out`: what `folder` has besides weights, and config.yaml. All ranks call it.
+
+    Points config.data.tokenizer at the copy. Raises ValueError when `out` already holds checkpoints.
+    """
+    if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        config.data.tokenizer = str((out / FOLDER).resolve())
+    on_rank0(lambda: _fill(out, config, folder))
+
+
+def _fill(out: Path, config: Config, folder: Path | None) -> None:
     if (out / "checkpoints").exists():
         raise ValueError(f"out={out} already holds checkpoints; name a directory that does not exist")
-    (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "config.json", out / FOLDER / "config.json")
-    copy_side_files(source, out / FOLDER)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(to_yaml(config))
+    if folder is not None:
+        (out / FOLDER).mkdir(exist_ok=True)
+        if (folder / "config.json").is_file():
+            shutil.copyfile(folder / "config.json", out / FOLDER / "config.json")
+        copy_side_files(folder, out / FOLDER)

@@ -22,8 +22,8 @@ from moetrain.checkpoint.store import resolve
 from moetrain.config.compose import to_config
 from moetrain.config.schema import Config
 
-# Ends of texts are the tokenizer's business: without its files, better none than the family's own.
-_NO_TOKENS: Flat = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+# Kept whatever the family becomes. Without a tokenizer's own, better none than the family's default.
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int = SHARD_BYTES) -> Family:
@@ -37,8 +37,8 @@ def export_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int = SHARD_
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} already exists; name a directory that does not")
     config = stored_config(path)
-    beside = _beside(config, path)
-    base = read_config(beside) if beside is not None and (beside / "config.json").is_file() else {}
+    folder = beside(config, path)
+    base = read_config(folder) if folder is not None and (folder / "config.json").is_file() else {}
     family = choose(config, str(base.get("model_type", "")))
     table = rules(family.name, config.model)
     tensors = stored(path / "model") | _zero_biases(table, config, stored(path / "model"))
@@ -56,8 +56,8 @@ def export_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int = SHARD_
 
     out.mkdir(parents=True, exist_ok=True)
     write_shards(out, sizes, produce(), shard_bytes)
-    if beside is not None:
-        copy_side_files(beside, out)
+    if folder is not None:
+        copy_side_files(folder, out)
     dtype = str(tensors["embed.weight"].dtype).removeprefix("torch.")
     text = json.dumps(config_json(family, config, base, dtype), indent=2, sort_keys=True)
     (out / "config.json").write_text(text + "\n")  # last: a directory with a config.json is complete
@@ -75,13 +75,13 @@ def stored_config(path: Path) -> Config:
 def config_json(family: Family, config: Config, base: Flat, dtype: str) -> Flat:
     """Their configuration by the names of transformers 5.x, and by those of 4.x where they differ.
 
-    base: a config.json whose other keys (token ids, context length) are kept if it is of the same family.
+    base: a config.json whose other keys are kept if it is of the same family, else its token ids and context length.
     """
     kind = CONFIG_MAPPING[family.name]
     same = base.get("model_type") == family.name
-    full: Flat = kind.from_dict(dict(base)).to_dict() if same else {**_NO_TOKENS}
+    full: Flat = kind.from_dict(dict(base)).to_dict() if same else {key: base.get(key) for key in _TOKENS}
     if not same:
-        full["max_position_embeddings"] = config.train.seq_len
+        full["max_position_embeddings"] = base.get("max_position_embeddings", config.train.seq_len)
     if same and base.get("num_hidden_layers") != config.model.n_layers:
         full.pop("layer_types", None)
     full |= {kind.attribute_map.get(key, key): value for key, value in write(family, config).items()}
@@ -95,7 +95,7 @@ def config_json(family: Family, config: Config, base: Flat, dtype: str) -> Flat:
     return theirs
 
 
-def _beside(config: Config, step: Path) -> Path | None:
+def beside(config: Config, step: Path) -> Path | None:
     """Where the tokenizer lies, and an imported model's config.json: data.tokenizer, or FOLDER of the run directory."""
     path = Path(config.data.tokenizer).expanduser()
     candidates = (path, path.parent if path.is_file() else path, step.parent.parent / FOLDER)
