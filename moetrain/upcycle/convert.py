@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -45,8 +46,7 @@ def build_initializer(name: str, options: Mapping[str, str], experts: int, top_k
     if name not in choices:
         raise ValueError(f"upcycle={name}: no such choice{nearest(name, choices)}; choices: {', '.join(choices)}")
     given = OmegaConf.from_dotlist([f"{key}={value}" for key, value in options.items()])
-    node = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), given))
-    assert isinstance(node, dict)
+    node: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), given))
     return build_plugin("upcycle", node, experts=experts, top_k=top_k, granularity=granularity)
 
 
