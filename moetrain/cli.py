@@ -110,6 +110,57 @@ def generate(overrides: list[str]) -> None:
     print(generate_text(options))
 
 
+def import_(overrides: list[str]) -> None:
+    """make a checkpoint of a Hugging Face directory: moetrain import source=HF_DIR out=CKPT"""
+    from moetrain.checkpoint.hf.load import import_hf
+    from moetrain.comm.start import start_distributed, stop_distributed
+
+    options = _exactly(overrides, "import", ("source", "out"))
+    start_distributed()
+    try:
+        path = import_hf(options["source"], options["out"])
+        if is_rank0():
+            print(f"{options['source']} -> {path}")
+    finally:
+        stop_distributed()
+
+
+def export(overrides: list[str]) -> None:
+    """make a Hugging Face directory of a checkpoint: moetrain export checkpoint=CKPT out=HF_DIR"""
+    from moetrain.checkpoint.hf.save import export_hf
+
+    options = _exactly(overrides, "export", ("checkpoint", "out"))
+    family = export_hf(options["checkpoint"], options["out"])
+    print(f"{options['checkpoint']} -> {options['out']} ({family.name})")
+
+
+def upcycle(overrides: list[str]) -> None:
+    """turn a dense model into a MoE: moetrain upcycle source=DIR upcycle=virtual_group experts=8 top_k=2 out=CKPT"""
+    from moetrain.comm.start import start_distributed, stop_distributed
+    from moetrain.upcycle.command import upcycle
+
+    options = _options(overrides)
+    start_distributed()
+    try:
+        text = upcycle(options)
+        if is_rank0():
+            print(text)
+    finally:
+        stop_distributed()
+
+
+def _exactly(overrides: list[str], verb: str, keys: tuple[str, ...]) -> dict[str, str]:
+    """The options of a verb that needs all of its keys and takes no other."""
+    options = _options(overrides)
+    for key in options:
+        if key not in keys:
+            raise ValueError(f"{key}: no such key; {verb} takes {', '.join(keys)}")
+    for key in keys:
+        if not options.get(key):
+            raise ValueError(f"{key}= is missing; {verb} takes {', '.join(keys)}")
+    return options
+
+
 def _options(overrides: list[str]) -> dict[str, str]:
     """key=value arguments of the verbs that need no composed configuration."""
     wrong = [override for override in overrides if "=" not in override]
@@ -134,6 +185,9 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "report": report,
     "tokenize": tokenize,
     "generate": generate,
+    "import": import_,
+    "export": export,
+    "upcycle": upcycle,
 }
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, on_rank0, rank_and_world
+from moetrain.checkpoint.lazy import LazyTensor, write_lazy
 from moetrain.checkpoint.tensors import mismatches, model_tensors, optimizer_tensors, read_tensors, write_tensors
 
 FOLDER = "checkpoints"
@@ -52,13 +54,32 @@ class CheckpointStore:
         kept. layout, config: JSON too, for readers and tools; mask secrets first. Raises on every rank, leaving what
         was published before as it was, if any rank could not write: ValueError for state that JSON would change.
         """
-        stage = on_rank0(lambda: self._stage(step, trainer_state))
-        try:
+
+        def write(stage: Path) -> None:
             write_tensors(stage / "model", model_tensors(model))
             write_tensors(stage / "optim", optimizer_tensors(model, optimizer))
+
+        return self._save(step, trainer_state, layout, config or {}, write)
+
+    def save_weights(self, step: int, tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Path:
+        """Publish a checkpoint of weights alone, made one at a time and shared out among the ranks; else as `save`.
+
+        `load_weights` reads it; `load` refuses it, because it lacks the optimizer's state.
+        """
+
+        def write(stage: Path) -> None:
+            write_lazy(stage / "model", tensors)
+            write_lazy(stage / "optim", {})
+
+        return self._save(step, {"step": step}, {}, config, write)
+
+    def _save(self, step: int, trainer_state: dict, layout: dict, config: dict, write: Callable[[Path], None]) -> Path:
+        stage = on_rank0(lambda: self._stage(step, trainer_state))
+        try:
+            write(stage)
             digests = gather(lambda: _own_digests(stage))
             files = {name: entry for of_rank in digests for name, entry in of_rank.items()}
-            return on_rank0(lambda: self._publish(stage, step, layout, config or {}, files))
+            return on_rank0(lambda: self._publish(stage, step, layout, config, files))
         except BaseException:
             if rank_and_world()[0] == 0:
                 shutil.rmtree(stage, ignore_errors=True)

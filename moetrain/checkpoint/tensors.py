@@ -76,6 +76,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Write and fsync one folder; every rank calls it with what it holds. Raises RuntimeError on all if one fails."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    save_planned(directory, tensors, planner)
+
+
+def save_planned(directory: Path, tensors: dict[str, Tensor], planner: dcp.SavePlanner) -> None:
+    """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere."""
     try:
         with _quiet():
             dcp.save(tensors, storage_writer=_Writer(directory), planner=planner)
@@ -83,12 +88,15 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
         raise RuntimeError(f"{directory} was not written: {error}") from error
 
 
-def read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Overwrite `tensors` in place from one folder; every rank calls it with what it holds. See `mismatches` first."""
+def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+    """Overwrite `tensors` in place from one folder. See `mismatches` first.
+
+    Every rank calls it with what it holds, unless `alone`: then this one reads whatever the others do.
+    """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet():
-            dcp.load(tensors, storage_reader=_Reader(directory), planner=planner)
+            dcp.load(tensors, storage_reader=_Reader(directory), planner=planner, no_dist=alone)
     except CheckpointException as error:
         raise RuntimeError(f"{directory} was not read: {error}") from error
 
