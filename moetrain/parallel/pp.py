@@ -25,6 +25,7 @@ from moetrain.mesh.layout import axis_groups
 from moetrain.model.decoder import Criterion, Decoder
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.types import TokenContext
+from moetrain.parallel.tp import VocabEmbedding
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -103,8 +104,11 @@ def cut(model: Decoder, config: Config, mine: list[int]) -> list[Stage]:
     spans = stage_layers(config.parallel, config.model.n_layers)
     stages = [Stage(model, index, index == len(spans) - 1, spans[index]) for index in mine]
     if config.model.tie_embeddings and len(stages) > 1 and stages[-1].last and stages[0].index == 0:
+        first: nn.Module = stages[0].embed
         with torch.device("meta"):  # FSDP gathers a parameter for one stage only
-            stages[-1].embed = nn.Embedding(config.model.vocab_size, config.model.d_model)
+            copy = nn.Embedding(config.model.vocab_size, config.model.d_model)
+        divided = isinstance(first, VocabEmbedding)
+        stages[-1].embed = VocabEmbedding(copy, first.tp) if divided else copy  # type: ignore[assignment]
     return stages
 
 
