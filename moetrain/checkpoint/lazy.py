@@ -30,7 +30,7 @@ def write_lazy(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
     Raises RuntimeError on all ranks if one fails.
     """
     empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    save_planned(directory, empty, _Planner(tensors))
+    save_planned(directory, empty, _Planner(tensors), file_each=True)
 
 
 def stored(directory: Path) -> dict[str, LazyTensor]:

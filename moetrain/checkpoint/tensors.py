@@ -79,11 +79,17 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
     save_planned(directory, tensors, planner)
 
 
-def save_planned(directory: Path, tensors: dict[str, Tensor], planner: dcp.SavePlanner) -> None:
-    """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere."""
+def save_planned(
+    directory: Path, tensors: dict[str, Tensor], planner: dcp.SavePlanner, file_each: bool = False
+) -> None:
+    """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere.
+
+    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete.
+    """
+    writer = _Writer(directory, single_file_per_rank=not file_each)
     try:
         with _quiet():
-            dcp.save(tensors, storage_writer=_Writer(directory), planner=planner)
+            dcp.save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as error:  # a BaseException, whose message is one line per failing rank
         raise RuntimeError(f"{directory} was not written: {error}") from error
 
