@@ -104,7 +104,7 @@ def cut(model: Decoder, config: Config, mine: list[int]) -> list[Stage]:
     spans = stage_layers(config.parallel, config.model.n_layers)
     stages = [Stage(model, index, index == len(spans) - 1, spans[index]) for index in mine]
     if config.model.tie_embeddings and len(stages) > 1 and stages[-1].last and stages[0].index == 0:
-        first: nn.Module = stages[0].embed
+        first: Any = stages[0].embed
         with torch.device("meta"):  # FSDP gathers a parameter for one stage only
             copy = nn.Embedding(config.model.vocab_size, config.model.d_model)
         divided = isinstance(first, VocabEmbedding)
