@@ -75,7 +75,15 @@ def overrides(case: Case, documents: list[str], run_dir: Path, precision: str) -
     """Two micro-steps wherever the batch allows, so that accumulation takes part."""
     rows = GLOBAL_BATCH // make_layout(case.world, **case.degrees).dp
     run = [f"run.dir={run_dir}", f"train.precision={precision}", f"train.micro_batch={max(1, rows // 2)}"]
-    return [*SMALL_MODEL, *documents, *run, *(f"parallel.{k}={v}" for k, v in case.degrees.items()), *case.extra]
+    layers = "model.n_layers=4"  # pipelines of two virtual stages a rank need as many
+    return [
+        *SMALL_MODEL,
+        layers,
+        *documents,
+        *run,
+        *(f"parallel.{k}={v}" for k, v in case.degrees.items()),
+        *case.extra,
+    ]
 
 
 def measure(case: Case, documents: list[str], directory: Path, precision: str, steps: int) -> list:

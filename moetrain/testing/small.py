@@ -8,7 +8,7 @@ from pathlib import Path
 
 # Dense first layer, then MoE with gated shared experts, qk-norm, all three balance plugins, and clipping that bites.
 SMALL_MODEL = [
-    "model.n_layers=4",
+    "model.n_layers=3",
     "model.d_model=32",
     "model.d_ff=48",
     "model.attention.head_dim=8",

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING
 from moetrain.checkpoint.hf.families import FAMILIES, Family, Flat
 from moetrain.config.compose import load_config
 from moetrain.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, check_model
+from moetrain.config.plugins import router_options
 from moetrain.config.schema import Config
 
 _MODEL, _ROUTER = "model.", "router."
@@ -114,7 +115,7 @@ def flatten(config: Config) -> Flat:
 
     walk(asdict(config.model), _MODEL)
     if config.model.moe.n_experts:
-        router = dict(config.router)
+        router = router_options(config.router)
         flat["router.kind"] = str(router.pop("_target_")).rpartition(".")[2]
         if router.pop("order", "pre") == "post":
             router["renormalize"] = True

@@ -40,7 +40,7 @@ def groups():
     return [
         (path.parent.name, path.stem)
         for path in sorted(config_dir().glob("*/*.yaml"))
-        if path.parent.name not in ("experiment",)
+        if path.parent.name not in ("experiment", "upcycle")  # upcycle belongs to the verb of that name
     ]
 
 
