@@ -83,6 +83,10 @@ class Difference:
     gradient: float
     where: str
 
+    @property
+    def worst(self) -> float:
+        return max(self.loss, self.norm, self.gradient)
+
 
 def compare(run: list[Step], reference: list[Step]) -> Difference:
     """How far `run` is from `reference`, the worst step and parameter of each kind."""
