@@ -15,7 +15,8 @@ The bar of a replayed run is measured, not chosen: the single process is trained
 recorded routing, and how far its own run is from that is what rounding of this precision grows to in these steps,
 through the optimizer too. Two runs that both are that far from the truth are at most twice as far from each other; a
 layout may round once more than the single process wherever it adds parts (rows cut by tp, keys of cp, slices of etp),
-which at most doubles its distance. Hence REPLAY_BAR = 1 + 2 = 3 times that distance, for each of the three errors.
+which at most doubles its distance. Hence REPLAY_BAR = 1 + 2 = 3 times that distance, for each of the three errors
+(never less than one rounding), over all steps and over the first alone, before the optimizer magnifies it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from moetrain.testing.trajectory import Difference, Step, compare, flips, record
 
 FP64_BAR, FP32_BAR, REPLAY_BAR = 1e-9, 1e-5, 3.0
 ROUNDED = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}  # precisions whose rounding makes routing flip
-RANKS_IN_TURN = 6  # layouts that share one set of CUDA ranks, whose start takes longer than a layout
+EPS = {"fp32": torch.finfo(torch.float32).eps, "bf16": torch.finfo(torch.bfloat16).eps}
+RANKS_IN_TURN = 4  # layouts that share one set of CUDA ranks, whose start takes longer than a layout
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,23 @@ class Bench:
 
     def tape(self, precision: str) -> Path:
         return self.path / f"routing-{precision}"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far rounding takes the single process from itself in fp64: in the first step and in all. eps: one rounding,
+
+    below which nothing computed in this precision can be told apart."""
+
+    eps: float
+    first: Difference
+    all: Difference
+
+    def ratio(self, far: Difference, which: int) -> float:
+        """The largest of the three errors of `far`, each in units of this noise. which: 0 the first step, 1 all."""
+        bar = (self.first, self.all)[which]
+        pairs = (far.loss, bar.loss), (far.norm, bar.norm), (far.gradient, bar.gradient)
+        return max(error / max(noise, self.eps) for error, noise in pairs)
 
 
 @dataclass(frozen=True)
@@ -106,23 +125,25 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def references(bench: Bench) -> dict[str, Difference]:
+def references(bench: Bench) -> dict[str, Noise]:
     """Train the single process in every precision, keep the runs, and return how far each rounded one is from fp64."""
     alone, runs, noise = Case(1), {}, {}
     runs["fp64"] = bench.train(alone, "fp64")
     assert max(step.row["grad_norm"] for step in runs["fp64"]) > 0.5, "clipping took no part"
     for precision in ROUNDED[bench.device]:
         tape = bench.tape(precision)
-        runs[precision] = bench.train(alone, precision, f"record={tape}")
-        noise[precision] = compare(runs[precision], bench.train(alone, "fp64", f"replay={tape}", precision))
+        run = runs[precision] = bench.train(alone, precision, f"record={tape}")
+        truth = bench.train(alone, "fp64", f"replay={tape}", precision)
+        noise[precision] = Noise(EPS[precision], compare(run[:1], truth[:1]), compare(run, truth))
     torch.save((runs, noise), bench.path / "references.pt")
     return noise
 
 
 def table(cases: list[Case], bench: Bench, lines: list[str], write: Path | None) -> list[Row]:
-    """Run all cases and append a line for each to `lines`, and to the file so far. CPU ranks start anew for each case."""
+    """Run all cases, appending a line for each to `lines` and to the file."""
     at_once = RANKS_IN_TURN if bench.device == "cuda" else 1
-    waiting, rows = list(cases), []
+    waiting = list(cases)
+    rows: list[Row] = []
     while waiting:
         first = waiting[0].world
         batch = [case for case in waiting[:at_once] if case.world == first]
@@ -130,7 +151,8 @@ def table(cases: list[Case], bench: Bench, lines: list[str], write: Path | None)
         done.touch()
         why = ""
         try:
-            run_ranks(measure, first, batch, bench, str(done), backend=bench.backend, timeout_s=600)
+            limit = 60 + 60 * len(batch)
+            run_ranks(measure, first, batch, bench, str(done), backend=bench.backend, timeout_s=limit)
         except RankFailure as error:
             print(error, file=sys.stderr)
             why = str(error).strip().splitlines()[-1]
@@ -164,22 +186,22 @@ def measure(cases: list[Case], bench: Bench, done: str) -> None:
                 file.write(json.dumps(asdict(row)) + "\n")
 
 
-def judge(case: Case, mine: dict[str, list[Step]], runs: dict[str, list[Step]], noise: dict[str, Difference]) -> Row:
+def judge(case: Case, mine: dict[str, list[Step]], runs: dict[str, list[Step]], noise: dict[str, Noise]) -> Row:
     """Compare one layout's runs with the single process's."""
     exact, flipped = compare(mine["fp64"], runs["fp64"]), flips(mine["fp64"], runs["fp64"])
     faults = [exact.where] * (exact.worst >= FP64_BAR) + ["a choice flipped"] * (flipped > 0)
     cells = [str(case.world), f"{exact.loss:.0e}", f"{exact.norm:.0e}", f"{exact.gradient:.0e}", str(flipped)]
-    for precision, bar in noise.items():
-        run = mine[precision]
-        if precision == "fp32":  # its first step made no other choice than it would have made freely
-            first = compare(run[:1], runs[precision][:1])
+    for precision, bars in noise.items():
+        run, own = mine[precision], runs[precision]
+        first, far = compare(run[:1], own[:1]), compare(run, own)
+        ratios = bars.ratio(first, 0), bars.ratio(far, 1)
+        if precision == "fp32":  # the replayed first step is the free one if it made no other choice than its own
             cells.append(f"{first.worst:.0e}")
-            free = run[0].row["routing_flips"] == 0
-            faults += ["first fp32 step"] * (first.worst >= FP32_BAR or not free)
-        far = compare(run, runs[precision])
-        ratio = max(far.loss / bar.loss, far.norm / bar.norm, far.gradient / bar.gradient)
-        faults += [f"{precision} {far.where}"] * (not ratio < REPLAY_BAR)
-        cells += [f"{far.gradient:.0e} ({ratio:.2f}x)", str(sum(int(step.row["routing_flips"]) for step in run))]
+            faults += ["first step in fp32"] * (first.worst >= FP32_BAR or run[0].row["routing_flips"] > 0)
+        else:
+            cells.append(f"{first.gradient:.0e} ({ratios[0]:.1f})")
+        faults += [f"{precision} {far.where}"] * (not max(ratios) < REPLAY_BAR)
+        cells += [f"{far.gradient:.0e} ({ratios[1]:.1f})", str(sum(int(step.row["routing_flips"]) for step in run))]
     name = case.name + (f" FAILED ({'; '.join(faults)})" if faults else "")
     return Row(name, cells, not faults)
 
@@ -188,30 +210,35 @@ def line_of(row: Row) -> str:
     return f"| {' | '.join([row.name, *row.cells])} |"
 
 
-def header(options: argparse.Namespace, noise: dict[str, Difference]) -> list[str]:
+def header(options: argparse.Namespace, noise: dict[str, Noise]) -> list[str]:
     """The table's head, with everything needed to read it."""
-    arguments = [f"--device {options.device}"] * (options.device != "cpu") + ["--quick"] * options.quick
-    arguments += [f"--only '{options.only}'"] * bool(options.only)
-    arguments += [f"--write docs/{options.write.name}"] if options.write else []
+    command = ["scripts/invariance.sh", *[f"--device {options.device}"] * (options.device != "cpu")]
+    command += ["--quick"] * options.quick + [f"--only '{options.only}'"] * bool(options.only)
+    command += [f"--write docs/{options.write.name}"] if options.write else []
     columns = ["layout", "ranks", "fp64 loss", "fp64 norm", "fp64 gradient", "flipped choices"]
     for precision in noise:
-        columns += ["fp32 first step"] * (precision == "fp32")
-        columns += [f"{precision} replayed: gradient (of rounding)", "choices it would have flipped"]
+        columns += [f"{precision} first step", f"{precision} replayed", f"{precision} flips"]
     columns.append("seconds")
     return [
         f"# Layouts against one process, {'GPU ranks (NCCL)' if options.device == 'cuda' else 'CPU ranks (gloo)'}",
         "",
-        f"`{' '.join(['scripts/invariance.sh', *arguments])}`, {options.steps} optimizer steps, on {describe_machine()}.",
+        f"`{' '.join(command)}`, {options.steps} optimizer steps, on {describe_machine()}.",
         "",
         "Largest relative errors over all steps against one process on the same data. Bars: fp64 1e-9 and no flipped",
-        f"choice; fp32 first step 1e-5; replayed runs {REPLAY_BAR:.0f}x what rounding alone does to the single process in",
-        "these steps, which is its distance from itself in fp64 under the same routing (why: the head of",
-        "`moetrain/testing/invariance.py`):",
-        *(f"{name}: loss {d.loss:.0e}, norm {d.norm:.0e}, gradient {d.gradient:.0e} ({d.where})." for name, d in noise.items()),
+        "choice; fp32 1e-5 in the first step; runs that replay the single process's routing, and the first step in bf16:",
+        f"{REPLAY_BAR:.0f} times what rounding does to the single process itself (in brackets: how many times), which is",
+        "its distance from itself in fp64 under the same routing (why: the head of `moetrain/testing/invariance.py`).",
+        "Flips are choices that the layout would have made otherwise. What rounding does to the single process:",
+        "",
+        *(f"- {name}: {_errors(n.first)} in the first step; {_errors(n.all)} in all." for name, n in noise.items()),
         "",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
     ]
+
+
+def _errors(d: Difference) -> str:
+    return f"loss {d.loss:.0e}, norm {d.norm:.0e}, gradient {d.gradient:.0e}"
 
 
 if __name__ == "__main__":

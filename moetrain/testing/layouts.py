@@ -11,7 +11,7 @@ from moetrain.testing.small import SMALL_MODEL
 # Five layers never divide evenly between stages; two micro-steps of one row on 8 data ranks need 16 rows.
 MODEL = [*SMALL_MODEL, "model.n_layers=5", "train.global_batch=16", "train.seq_len=32"]
 GLOBAL_BATCH = 16
-# On GPUs wide enough for FlexAttention (heads of 16, tiles of 128) and grouped_mm (rows of 16 bytes) under every layout.
+# On GPUs wide enough, under every layout, for FlexAttention (heads of 16, tiles of 128) and grouped_mm (16 bytes).
 CUDA_MODEL = [
     *MODEL,
     "model.d_model=64",
