@@ -238,7 +238,7 @@ def header(options: argparse.Namespace, noise: dict[str, Noise]) -> list[str]:
 
 
 def _errors(d: Difference) -> str:
-    return f"loss {d.loss:.0e}, norm {d.norm:.0e}, gradient {d.gradient:.0e}"
+    return f"loss {d.loss:.0e}, norm {d.norm:.0e}, gradient {d.gradient:.0e} ({d.where})"
 
 
 if __name__ == "__main__":
