@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="layouts whose name matches this regular expression")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--write", type=Path, help="also write the table to this file")
+    parser.add_argument("--keep", action="store_true", help="keep what FILE already has of an interrupted table")
     options = parser.parse_args(argv)
     most = torch.cuda.device_count() if options.device == "cuda" else max(case.world for case in CASES)
     cases = [case for case in CASES if case.world <= most and re.search(options.only, case.name)]
@@ -115,14 +116,24 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(options.device, options.steps, name, write_documents(Path(name), **long))
         noise = run_ranks(references, 1, bench, backend=bench.backend, timeout_s=600)[0]
         lines = header(options, noise)
+        kept = kept_rows(options.write) if options.keep else []
+        lines += map(line_of, kept)
         print("\n".join(lines), flush=True)
-        rows = table(cases, bench, lines, options.write)
+        done = {row.name for row in kept}
+        rows = kept + table([case for case in cases if case.name not in done], bench, lines, options.write)
     failed = sum(not row.passed for row in rows)
     closing = f"{len(rows) - failed} of {len(rows)} layouts equal one process over {options.steps} steps."
     print(f"\n{closing}")
     if options.write:
         options.write.write_text("\n".join([*lines, "", closing, ""]))
     return 1 if failed else 0
+
+
+def kept_rows(path: Path) -> list[Row]:
+    """The finished rows of an earlier table; a layout that failed is tried again."""
+    names = {case.name for case in CASES}
+    cells = [line.strip("| ").split(" | ") for line in path.read_text().splitlines()] if path.exists() else []
+    return [Row(name, rest, True) for name, *rest in cells if name in names]
 
 
 def references(bench: Bench) -> dict[str, Noise]:
