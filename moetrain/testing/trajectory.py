@@ -38,12 +38,27 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
     Collective: call it on every rank (from `run_ranks`), or in a process without ranks. Raises AssertionError for a
     parameter without gradient, or one of which two ranks hold different copies.
     """
+    alone = not dist.is_initialized()
+    trainer = open_trainer(overrides)
+    recorded, weights = record_steps(trainer, steps)
+    trainer.close()
+    if alone:
+        dist.destroy_process_group()
+    return recorded, weights
+
+
+def open_trainer(overrides: list[str]) -> Trainer:
+    """A trainer on the ranks that are running, or in a world of one; its log is open, its checkpoint restored."""
     config = load_config(overrides)
     alone = not dist.is_initialized()
     layout = validate(config, 1 if alone else dist.get_world_size())
-    device = start_distributed() if alone else _rank_device()
-    trainer = Trainer(config, layout, device)
+    trainer = Trainer(config, layout, start_distributed() if alone else _rank_device())
     trainer.log.start(trainer.step, {})
+    return trainer
+
+
+def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Tensor]]:
+    """Train `steps` more steps; return each, and the whole weights after the last. Collective."""
     parameters = dict(trainer.model.named_parameters())
     seen: dict[str, Tensor] = {}
 
@@ -52,18 +67,27 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
         assert not missing, f"{missing} have no gradient"
         seen.update({name: _here(parameter.grad) for name, parameter in parameters.items()})
 
-    trainer.optimizer.register_step_pre_hook(capture)
+    handle = trainer.optimizer.register_step_pre_hook(capture)
     rows, held = [], []
     for _ in range(steps):
         rows.append(trainer.train_step()[0])
         held.append(dict(seen))
+    handle.remove()
     held.append({name: _here(parameter) for name, parameter in parameters.items()})
     places = {name: (tuple(parameter.shape), local_part(parameter)[1]) for name, parameter in parameters.items()}
     *gradients, weights = _assemble(places, held)
-    trainer.close()
-    if alone:
-        dist.destroy_process_group()
     return [Step(row, gradient) for row, gradient in zip(rows, gradients)], weights
+
+
+def join_stages(tensors: dict[str, Tensor], trainer: Trainer) -> None:
+    """Each rank of a pipeline has the tensors of its stages: add those of the others. Collective."""
+    if trainer.pipeline is None:
+        return
+    group = trainer.pipeline.group
+    parts: list[dict[str, Tensor]] = [{}] * group.size()
+    dist.all_gather_object(parts, tensors, group=group)
+    for part in parts:
+        tensors.update(part)
 
 
 def _here(tensor: Tensor | None) -> Tensor:
