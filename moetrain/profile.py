@@ -25,7 +25,7 @@ WARMUP, MEASURED = 5, 3  # steps
 
 
 def profile(overrides: list[str], out: Path) -> str:
-    """Train WARMUP + MEASURED steps, from scratch or from `init.from`, and divide the measured ones between their parts.
+    """Train WARMUP + MEASURED steps, from scratch or `init.from`, and divide the measured ones between their parts.
 
     Writes `trace_rank<r>.json.gz` (for chrome://tracing or Perfetto) and `shares_rank<r>.txt` into `out`; returns this
     rank's table. The run's own directory is `out`/run and no checkpoint is written. Raises ValueError as `train`.
