@@ -41,16 +41,17 @@ def profile(overrides: list[str], out: Path) -> str:
         trainer = Trainer(config, layout, device)
         try:
             annotate(trainer.model)
-            return _measure(trainer, out)
+            for _ in range(WARMUP):
+                trainer.train_step()
+            return measure(trainer, out)
         finally:
             trainer.close()
     finally:
         stop_distributed()
 
 
-def _measure(trainer: Trainer, out: Path) -> str:
-    for _ in range(WARMUP):
-        trainer.train_step()
+def measure(trainer: Trainer, out: Path) -> str:
+    """Trace MEASURED steps of a trainer whose model is annotated; every rank writes its files into `out`."""
     activities = [ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
