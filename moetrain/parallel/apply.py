@@ -15,6 +15,7 @@ from moetrain.moe.balance.base import Balance
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel.cp import apply_cp
 from moetrain.parallel.ep import apply_ep
+from moetrain.parallel.experts import settle_experts
 from moetrain.parallel.fsdp import apply_fsdp
 from moetrain.parallel.initialize import initialise, materialise
 from moetrain.parallel.pp import Pipeline, carry_width, cut, keep_stages
@@ -29,12 +30,14 @@ class ParallelModel:
     """This rank's part of the model.
 
     model: holds all parameters that are here under the whole model's names. pipeline: runs it in stages, None for one.
-    loss_names: the balance plugins with a loss, of every layer, here or not.
+    loss_names: the balance plugins with a loss, of every layer, here or not. experts: a line about what experts=auto
+    chose, or nothing.
     """
 
     model: Decoder
     pipeline: Pipeline | None
     loss_names: list[str]
+    experts: str
 
 
 def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -> ParallelModel:
@@ -42,6 +45,7 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
     with torch.device("meta"):
         model = build_model(config, device.type)
     names, width, piped = loss_names(model), carry_width(model), config.parallel.pp > 1
+    chosen = settle_experts(model, config, meshes.layout, device)  # 0. which kernels multiply experts
     mine = keep_stages(model, config, meshes) if piped else []  # 1. which layers are here
     apply_tp(model, meshes)  # 2. which heads, columns, and words are here
     apply_ep(model, meshes, config.dispatch)  # 3. which experts are here
@@ -56,7 +60,7 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
         materialise(part, device, MASTER_DTYPE[config.train.precision])  # 8. storage for that part
     initialise(model, config.run.seed, config.model.init_std)  # 9. the same values under every layout
     pipeline = Pipeline(config, meshes, stages, width, device) if piped else None
-    return ParallelModel(model, pipeline, names)
+    return ParallelModel(model, pipeline, names, chosen)
 
 
 def loss_names(model: nn.Module) -> list[str]:
