@@ -185,9 +185,8 @@ class Trainer:
         return self.model(work.token_BS, work.context, work.criterion) / work.share
 
     def _work(self, batch: Batch, totals: Totals, number: int = 0) -> Work:
-        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step)
-        if self.tape:
-            context = replace(context, index_BS=self._index(batch, number))
+        where_BS = self._index(batch, number)
+        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step, where_BS)
         targets = {"target_T": batch.target_BS.flatten(), "mask_T": batch.loss_mask_BS.flatten()}
         criterion = partial(chunked_cross_entropy, **targets, chunk=LOSS_CHUNK, group=self.meshes.vocabulary)
         return Work(batch.token_BS, context, criterion, totals.loss_tokens)
