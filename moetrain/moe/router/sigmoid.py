@@ -33,7 +33,7 @@ class SigmoidTopK(nn.Module):
         n_groups: int = 1,
         topk_groups: int = 1,
         rounding: Mapping[str, Any] | None = None,
-        kernels: str = "torch",
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         if n_groups < 1 or n_experts % n_groups:

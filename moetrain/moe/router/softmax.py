@@ -31,7 +31,7 @@ class SoftmaxTopK(nn.Module):
         renormalize: bool = True,
         scale: float = 1.0,
         rounding: Mapping[str, Any] | None = None,
-        kernels: str = "torch",
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         if order not in ("pre", "post"):
