@@ -1,4 +1,4 @@
-"""experts=triton (and the router's kernels) on weights divided by ep, etp, and FSDP: gradients equal the reference's."""
+"""experts=triton and the router's kernels on weights divided by ep, etp, and FSDP: gradients as the reference has."""
 
 import os
 import subprocess
