@@ -125,7 +125,7 @@ def route_topk(
         expert_TK = torch.where(given_TK >= 0, given_TK, expert_TK)
     gate_TK = score_TE.gather(1, expert_TK)
     if renormalize:
-        gate_TK = gate_TK / gate_TK.sum(1, keepdim=True)
+        gate_TK = gate_TK / (gate_TK.sum(1, keepdim=True) + 1e-20)
     gate_TK = torch.where(valid_T[:, None], gate_TK * scale, 0.0)
     expert_TK = torch.where(valid_T[:, None], expert_TK, -1)
     count_E = torch.bincount(expert_TK[valid_T].flatten(), minlength=logit_TE.shape[1])

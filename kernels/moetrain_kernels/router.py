@@ -21,7 +21,9 @@ TINY = tl.constexpr(1e-20)
 def _scores(logit, inside, SIGMOID: tl.constexpr):
     """Scores and their normalised form (what balance losses look at), zero outside the experts."""
     if SIGMOID:
-        score = tl.where(inside, 1.0 / (1.0 + tl.exp(-logit)), 0.0)
+        small = tl.exp(-tl.abs(logit))  # never overflows
+        score = tl.where(logit >= 0, 1.0, small) / (1.0 + small)
+        score = tl.where(inside, score, 0.0)
         return score, score / tl.sum(score, axis=1)[:, None]
     shifted = tl.exp(logit - tl.max(logit, axis=1)[:, None])
     shifted = tl.where(inside, shifted, 0.0)
@@ -238,8 +240,8 @@ def route_topk(
     """`expert_TK` int64, `gate_TK`, `balance_TE`, `count_E` int64: which experts a token goes to and how they weigh.
 
     logit_TE fp32. s = softmax or sigmoid of the logits, each expert's own; chosen are the k largest of s + bias (of
-    logit + bias with by_logit), equal ones by id. gate = scale * s of the chosen, divided by their sum with
-    renormalize. balance = s / sum(s). Tokens that are not valid have experts -1 and gates 0 and are not counted.
+    logit + bias with by_logit), equal ones by id. gate = scale * s of the chosen, divided by their sum (+ 1e-20)
+    with renormalize. balance = s / sum(s). Tokens that are not valid have experts -1 and gates 0 and are not counted.
     given_TK: experts to take instead of the own choice where >= 0. Differentiable once in the logits, through gates and
     balance. Raises ValueError for logits that are not fp32, and for k not in 1..E.
     """

@@ -23,7 +23,7 @@ def run(route, logit, k, valid, weights, **options):
     return expert, count, gate.detach(), balance.detach(), grad
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 def test_equals_the_reference(data):
     experts = data.draw(st.integers(1, 40), "E")
@@ -49,7 +49,8 @@ def test_equals_the_reference(data):
     assert torch.equal(got[1], want[1])
     for mine, theirs in zip(got[2:], want[2:]):
         # fp32 exponentials of numbers up to 100 are good to 100 eps; quotients and sums over 40 terms add a few.
-        scale = float(theirs.abs().max().clamp(min=1e-3))
+        # Gradients are differences of terms of the size of what comes from upstream, about 1: eps of that is lost.
+        scale = float(theirs.abs().max().clamp(min=0.1))
         torch.testing.assert_close(mine.double(), theirs, rtol=3e-5, atol=3e-5 * scale)
 
 
