@@ -8,10 +8,9 @@ from moetrain.testing import run_ranks
 from moetrain.testing.small import SMALL_MODEL, write_documents
 from moetrain.testing.trajectory import compare, record
 
-STEPS, BAR = 2, 1e-5
-TINY = ["model.n_layers=2", "train.seq_len=16", "train.global_batch=4", "train.precision=fp32", "train.micro_batch=1"]
+STEPS, BAR = 1, 1e-5
+TINY = ["model.n_layers=2", "train.seq_len=8", "train.global_batch=4", "train.precision=fp32", "train.micro_batch=1"]
 LAYOUTS = {
-    "one": (1, ["router.kernels=triton"]),
     "ep2 etp2": (4, ["parallel.ep=2", "parallel.etp=2"]),
     "dp2 recomputed": (2, ["parallel.recompute=full", "router.kernels=triton"]),
 }
@@ -28,7 +27,7 @@ def main() -> None:
             replay = ["experts=triton", f"router.replay={where / 'tape'}", run_dir, *more]
             run = run_ranks(record, world, [*options, *replay], STEPS, timeout_s=200)[0][0]
             difference = compare(run, expected)
-            # Sums of at most 64 products in fp32, over two steps.
+            # Sums of at most 64 products in fp32.
             if max(difference.loss, difference.norm, difference.gradient) > BAR:
                 sys.exit(f"{layout}: {difference}")
     print("equal")
