@@ -12,6 +12,7 @@ from typing import Any
 from moetrain.config.data import check_data
 from moetrain.config.model import check_model
 from moetrain.config.pipeline import V_SCHEDULES, check_pipeline
+from moetrain.config.router import check_router
 from moetrain.config.schema import Config
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
@@ -62,6 +63,7 @@ def validate(config: Config, world: int) -> Layout:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
     _check_tape(config)
+    check_router(config)
     return layout
 
 

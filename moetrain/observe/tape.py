@@ -49,7 +49,7 @@ class LayerRecorder:
         self.experts.append(routing.expert_TK.to(torch.int16))
         counted_TK = routing.context.counted_TK
         if counted_TK is None:
-            counted_TK = top_k(routing.balance_TE, routing.expert_TK.shape[1])
+            counted_TK = top_k(routing.balance_TE, routing.top_k)
         self.counted.append(torch.where(routing.context.valid_T[:, None], counted_TK, -1).to(torch.int16))
 
     def take(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.parallel.compile import apply_compile
 from moetrain.parallel.cp import apply_cp
 from moetrain.parallel.ep import apply_ep
+from moetrain.parallel.experts import settle_experts
 from moetrain.parallel.fsdp import apply_fsdp
 from moetrain.parallel.initialize import initialise, materialise
 from moetrain.parallel.pp import Pipeline, Stage, carry_width, cut, keep_stages
@@ -30,12 +31,14 @@ class ParallelModel:
     """This rank's part of the model.
 
     model: holds all parameters that are here under the whole model's names. pipeline: runs it in stages, None for one.
-    loss_names: the balance plugins with a loss, of every layer, here or not.
+    loss_names: the balance plugins with a loss, of every layer, here or not. experts: a line about what experts=auto
+    chose, or nothing.
     """
 
     model: Decoder
     pipeline: Pipeline | None
     loss_names: list[str]
+    experts: str
 
 
 def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -> ParallelModel:
@@ -43,13 +46,14 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
     with torch.device("meta"):
         model = build_model(config, device.type)
     names, width = loss_names(model), carry_width(model)
+    chosen = settle_experts(model, config, meshes.layout, device)  # 0. which kernels multiply experts
     stages = divide(model, config, meshes)
     parts: list[Decoder] = [*stages] or [model]
     for part in parts:
         materialise(part, device, MASTER_DTYPE[config.train.precision])  # 9. storage for what is here
     initialise(model, config.run.seed, config.model.init_std)  # 10. the same values under every layout
     pipeline = Pipeline(config, meshes, stages, width, device) if stages else None
-    return ParallelModel(model, pipeline, names)
+    return ParallelModel(model, pipeline, names, chosen)
 
 
 def divide(model: Decoder, config: Config, meshes: Meshes) -> list[Stage]:

@@ -38,7 +38,7 @@ class SwitchLoss(Balance):
         score_TE, valid_T = routing.balance_TE, routing.context.valid_T
         counted_TK = routing.context.counted_TK
         if counted_TK is None:
-            counted_TK = top_k(score_TE, routing.expert_TK.shape[1])
+            counted_TK = top_k(score_TE, routing.top_k)
         expert_TK = torch.where(valid_T[:, None], counted_TK, -1)
         score_TE = torch.where(valid_T[:, None], score_TE, 0.0)
         scale = self.coefficient * self.n_experts
