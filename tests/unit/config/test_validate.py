@@ -66,6 +66,13 @@ REFUSED = [
     (1, ["parallel.pp_layers=[4]"], "parallel.pp_layers=[4]", "null"),
     (2, ["parallel.pp=2", "parallel.reshard_after_forward=true"], "parallel.reshard_after_forward=true", "false"),
     (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.recompute=full"], "parallel.recompute=full", "none"),
+    (2, ["parallel.tp=2", "parallel.compile=true"], "parallel.compile=true", "false"),
+    (
+        2,
+        ["parallel.pp=2", "parallel.schedule=zbv", "parallel.compile=true", "train.micro_batch=4"],
+        "parallel.compile=true",
+        "false",
+    ),
     (4, ["parallel.tp=3"], "parallel.tp=3", "2"),
     (1, ["parallel.recompute=ful"], "parallel.recompute='ful'", "full"),
     (1, ["parallel.schedule=zbv"], "parallel.schedule=zbv", "1f1b"),
