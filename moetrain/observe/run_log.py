@@ -71,6 +71,12 @@ class RunLog:
     def note(self, text: str) -> None:
         self.console.note(text)
 
+    def event(self, name: str, text: str, **details: Any) -> None:
+        """Something to say and to record: text on the console, name and details in metrics.jsonl."""
+        self.console.note(text)
+        if isinstance(self.metrics, MetricsLog):
+            self.metrics.event(name, self.last["step"], **details)
+
     def finish(self) -> None:
         """The closing summary: where the run is, how to resume it, how to look at it."""
         self.console.finish(closing_summary(str(self.run_dir), _this_command(), self.last))
