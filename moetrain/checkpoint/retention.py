@@ -38,9 +38,9 @@ class Retention:
         if not self.keep:
             return []
         intact = [path for path in steps if not manifest.problems(path)]
-        losses = {path: val_loss(path) for path in intact} if self.keep_best else {}
-        evaluated = [path for path in reversed(intact) if losses.get(path) is not None]
-        best = sorted(evaluated, key=lambda path: losses[path])[: self.keep_best]  # of equals the newest
+        losses = {path: val_loss(path) for path in reversed(intact)} if self.keep_best else {}
+        evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+        best = sorted(evaluated, key=lambda path: evaluated[path])[: self.keep_best]  # of equals the newest
         kept = {*intact[-self.keep :], *best}
         if self.keep_every:
             kept |= {path for path in intact if manifest.step_of(path) % self.keep_every == 0}

@@ -3,8 +3,8 @@
     <run>/checkpoints/step_00000100/   model/  optim/  trainer.json  manifest.json
 
 A directory with such a name is complete. Whatever is not published has a name that starts with a dot, and `clean`
-removes it at the next start. All ranks call `save`, `load`, `load_weights`, and `newest_intact` together and see the same
-directory (a shared file system); the others are for rank 0 or for tools.
+removes it at the next start. All ranks call `save`, `load`, `load_weights`, and `newest_intact` together and see the
+same directory (a shared file system); the others are for rank 0 or for tools.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ class CheckpointStore:
 
         Everything is checked before anything is changed. allow: patterns (`*.bias_E`) of names that may be missing in
         the checkpoint, where the value here stays, or unexpected in it, where it is not read; note is told which.
-        checked: `newest_intact` found the path, so its files need not be hashed again. Raises ValueError that names each damaged file (and the
-        newest intact step beside it), each other missing or unexpected key, and each shape or dtype that differs.
+        checked: `newest_intact` found the path, so its files need not be hashed again. Raises ValueError that names
+        each damaged file (and the newest intact step beside it), each other missing or unexpected key, and each shape
+        or dtype that differs.
         """
         path = Path(path)
         if not checked:

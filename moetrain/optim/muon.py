@@ -1,9 +1,9 @@
 """Muon for matrices, AdamW for the rest, the same update under every layout.
 
-Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest semi-orthogonal matrix, which
-needs all of it: shards of a matrix are gathered, and each rank keeps its part of the result. An expert's gate, up, and
-down projections are three matrices of their own. `torch.optim.Muon` takes whole two-dimensional parameters only, and
-rounds to bfloat16 even what is fp64, so that a change in the order of a sum becomes a change of a thousandth.
+Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest semi-orthogonal matrix.
+That needs all of it: shards of a matrix are gathered, and each rank keeps its part of the result. An expert's gate,
+up, and down projections are three matrices of their own. `torch.optim.Muon` takes whole two-dimensional parameters
+only, and rounds to bfloat16 even what is fp64, so that another order of a sum becomes a difference of a thousandth.
 """
 
 from __future__ import annotations

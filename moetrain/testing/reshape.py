@@ -48,7 +48,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int | str]]] = {
     "ep2 dp4": (4, {"ep": 2}),
     "hsdp2 ep2": (4, {"dp_replicate": 2, "ep": 2}),
     "tp2 cp2 ep4": (4, {"tp": 2, "cp": 2, "ep": 4}),
-    "tp4": (4, {"tp": 4, "ep": 2}),
+    "tp2 dp2": (4, {"tp": 2, "ep": 2}),
     "cp2 etp2 ep2": (4, {"cp": 2, "etp": 2, "ep": 2}),
     "pp2 ep2": (4, {"pp": 2, "ep": 2}),
     "pp2 interleaved": (4, {"pp": 2, "ep": 2, "schedule": "interleaved"}),
@@ -69,9 +69,9 @@ PAIRS = {
         ("ep4", "tp2 cp2 ep4"),
         ("tp2 cp2 ep4", "ep2"),
         ("tp2 cp2 ep4", "pp2 zbv"),
-        ("tp4", "tp2"),
-        ("tp4", "one"),
-        ("tp2", "tp4"),
+        ("tp2 dp2", "tp2"),
+        ("tp2 dp2", "one"),
+        ("tp2", "tp2 dp2"),
         ("cp2", "dp4"),
         ("cp2 etp2 ep2", "cp2"),
         ("cp2 etp2 ep2", "etp2"),
@@ -119,7 +119,7 @@ class State:
 
 @dataclass
 class Continued:
-    """A run from step SAVED_AT on: its state there, its steps, final weights, and sample ids by step, in their order."""
+    """A run from step SAVED_AT on: its state there, its steps, final weights, and sample ids by step, in order."""
 
     state: State
     steps: list[Step]
@@ -274,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     closing = f"{len(pairs) - failed} of {len(pairs)} pairs continue exactly"
     print(closing)
     if options.write:
-        where = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, gloo ranks on the CPU"
+        versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+        where = f"{versions}, {platform.machine()}, gloo ranks on the CPU"
         title = ["# Any layout continues what any other saved", "", *(__doc__ or "").splitlines()[2:], ""]
         options.write.write_text("\n".join([*title, where, "", *lines, "", closing, ""]))
     return 1 if failed else 0
