@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint.agree import on_rank0
 from moetrain.checkpoint.lock import RunLock
-from moetrain.checkpoint.store import CheckpointStore, load_weights, resolve
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.use import load_weights, resolve
 from moetrain.comm.collectives import all_reduce_sum
 from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest

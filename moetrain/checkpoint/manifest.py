@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import moetrain
-from moetrain.checkpoint.formats import FORMAT, check_format
+from moetrain.checkpoint.formats import FORMAT, check_format, migrate_trainer_state
 
 NAME = "manifest.json"
 STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -89,6 +89,14 @@ def read(directory: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return manifest
+
+
+def trainer_state(directory: Path) -> dict[str, Any]:
+    """What trainer.json of an intact step directory says, in today's terms."""
+    state = json.loads((directory / "trainer.json").read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"{directory / 'trainer.json'} is refused: it is a {type(state).__name__}")
+    return migrate_trainer_state(state, read(directory)["format"])
 
 
 def _check_entries(path: Path, manifest: dict[str, Any]) -> None:

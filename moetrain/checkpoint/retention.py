@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.formats import migrate_trainer_state
 
 
 @dataclass(frozen=True)
@@ -49,5 +46,4 @@ class Retention:
 
 def val_loss(path: Path) -> float | None:
     """The loss on held-out data at an intact step, None if it was not evaluated there."""
-    state: dict[str, Any] = json.loads((path / "trainer.json").read_text())
-    return migrate_trainer_state(state, manifest.read(path)["format"]).get("val_loss")
+    return manifest.trainer_state(path).get("val_loss")

@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,21 @@ from torch import nn
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, on_rank0, rank_and_world
-from moetrain.checkpoint.formats import migrate_trainer_state
 from moetrain.checkpoint.lazy import LazyTensor, write_lazy
 from moetrain.checkpoint.retention import Retention
 from moetrain.checkpoint.tensors import model_tensors, optimizer_tensors, read_tensors, write_tensors
-from moetrain.checkpoint.verify import compare_together, problems_together, raise_format_error, refuse
+from moetrain.checkpoint.verify import (
+    Note,
+    compare_together,
+    problems_together,
+    raise_format_error,
+    refuse,
+    silent,
+    tell,
+)
 
 FOLDER = "checkpoints"
-Note = Callable[[str], None]
 _HIDDEN = re.compile(r"\.(step_\d{8,})\.(tmp|old)-[0-9a-f]+")
-
-
-def _silent(_: str) -> None: ...
 
 
 class CheckpointStore:
@@ -98,7 +100,7 @@ class CheckpointStore:
         optimizer: torch.optim.Optimizer,
         allow: Sequence[str] = (),
         checked: bool = False,
-        note: Note = _silent,
+        note: Note = silent,
     ) -> dict[str, Any]:
         """Restore model and optimizer in place from a step directory of any layout; return its trainer_state.
 
@@ -114,10 +116,10 @@ class CheckpointStore:
         state = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
         lines, excepted = compare_together(path, state, same_dtype=True, allow=allow)
         refuse(path, lines)
-        _tell(excepted, note)
+        tell(excepted, note)
         for part, tensors in state.items():
             read_tensors(path / part, tensors, allow=allow)
-        return _trainer_state(path)
+        return manifest.trainer_state(path)
 
     def newest_intact(self) -> tuple[Path | None, dict[str, list[str]]]:
         """The newest step whose every byte is as it was written, and what is wrong with each newer one, by name.
@@ -221,63 +223,6 @@ class CheckpointStore:
         gone = self._hidden(path.name, "tmp")
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def load_weights(path: str | os.PathLike, model: nn.Module, allow: Sequence[str] = (), note: Note = _silent) -> None:
-    """Overwrite the model's weights from a step directory, casting to its dtypes; ValueError as in `load`.
-
-    allow, note: as in `load`, but a pattern that excepts no name is refused: it is misspelt.
-    """
-    path = Path(path)
-    refuse(path, problems_together(path, ("model/",)))
-    tensors = model_tensors(model)
-    lines, excepted = compare_together(path, {"model": tensors}, same_dtype=False, allow=allow)
-    refuse(path, lines)
-    for pattern in allow:
-        if not any(fnmatchcase(name, pattern) for name in excepted):
-            raise ValueError(f"init.allow: {pattern!r} matches no name that is missing in {path} or unexpected there")
-    _tell(excepted, note)
-    read_tensors(path / "model", tensors, allow=allow)
-
-
-def _tell(excepted: Sequence[str], note: Note) -> None:
-    if excepted:
-        note(f"init.allow excepts {', '.join(excepted)}: not in both the checkpoint and the model")
-
-
-def read_trainer_state(path: str | os.PathLike) -> dict[str, Any]:
-    """`trainer_state` of an intact step directory, without its tensors. Raises ValueError if it is damaged."""
-    path = Path(path)
-    refuse(path, manifest.problems(path, ("trainer.json",)))
-    return _trainer_state(path)
-
-
-def _trainer_state(path: Path) -> dict[str, Any]:
-    return migrate_trainer_state(json.loads((path / "trainer.json").read_text()), manifest.read(path)["format"])
-
-
-def resolve(checkpoint: str | os.PathLike) -> Path:
-    """The step directory that a user means: one itself, or a run directory for its newest intact step.
-
-    Sizes are checked, hashes are not. Raises ValueError that names what is wrong and what could be used instead.
-    """
-    path = Path(checkpoint)
-    if path.is_symlink():
-        path = path.resolve()  # a user's own link; inside a run directory they are refused
-    if (path / FOLDER).is_dir():
-        store = CheckpointStore(path)
-        latest = store.latest()
-        if latest is None:
-            damaged = "; ".join(line for step in store.steps() for line in manifest.problems(step))
-            raise ValueError(f"{path} has no intact checkpoint{': ' + damaged if damaged else ''}")
-        return latest
-    if not path.is_dir():
-        near = path.parent.is_dir() and sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
-        raise ValueError(f"{path} is not a directory" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
-    if not (path / manifest.NAME).exists() and not manifest.STEP_NAME.fullmatch(path.name):
-        raise ValueError(f"{path} is neither a step directory (no {manifest.NAME}) nor a run directory (no {FOLDER}/)")
-    refuse(path, manifest.problems(path))
-    return path
 
 
 def _own_digests(stage: Path) -> dict[str, dict]:

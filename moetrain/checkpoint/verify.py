@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, rank_and_world
 from moetrain.checkpoint.formats import FormatError
 from moetrain.checkpoint.tensors import mismatches
+
+Note = Callable[[str], None]  # is told what a user should know
 
 
 def problems_together(path: Path, prefixes: tuple[str, ...] = ("",)) -> list[str]:
@@ -67,6 +69,16 @@ def refuse(path: Path, lines: list[str]) -> None:
     intact = next((p for p in reversed(others) if not manifest.problems(p)), None)
     offer = f"\nnewest other intact step: {intact}" if intact else ""
     raise ValueError(f"{path} cannot be used:\n" + "\n".join(f"- {line}" for line in lines) + offer)
+
+
+def silent(_: str) -> None:
+    """A `Note` for nobody."""
+
+
+def tell(excepted: Sequence[str], note: Note) -> None:
+    """Say which names `allow` excepted."""
+    if excepted:
+        note(f"init.allow excepts {', '.join(excepted)}: not in both the checkpoint and the model")
 
 
 def _distinct(lists: list[list[str]]) -> list[str]:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from moetrain.checkpoint import manifest, store
-from moetrain.checkpoint.store import CheckpointStore, load_weights, read_trainer_state, resolve
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.use import load_weights, read_trainer_state, resolve
 from moetrain.optim import adamw
 
 pytestmark = pytest.mark.unit
@@ -256,7 +257,7 @@ def test_names_the_damage_and_offers_the_newest_intact_step(tmp_path, fault):
         return
     if fault is not _flip:  # found by hashing only
         assert resolve(tmp_path) == intact
-        with pytest.raises(ValueError, match="cannot be used|is not a directory"):
+        with pytest.raises(ValueError, match=r"cannot be used|is not a directory"):
             resolve(path)
 
 
