@@ -88,27 +88,27 @@ class Muon(Optimizer):
 
 
 def _update(matrix: Tensor, buffer: Tensor, group: dict[str, Any]) -> None:
-    grad, momentum = matrix.grad, group["momentum"]
-    assert grad is not None
-    buffer.lerp_(grad, 1 - momentum)
-    whole = _whole_matrices(grad.lerp(buffer, momentum))
-    update = orthogonalise(whole, group["iterations"])
-    rows, columns = matrix.shape[-2:]
+    assert matrix.grad is not None
+    grad, held, momentum = local_part(matrix.grad)[0], local_part(buffer)[0], group["momentum"]
+    held.lerp_(grad, 1 - momentum)
+    update = orthogonalise(_whole_matrices(grad.lerp(held, momentum), matrix), group["iterations"])
     local, offset = local_part(matrix)
-    # Leading dims number matrices: of those, `whole` has this rank's only.
+    # Leading dims number matrices: of those, `update` has this rank's only.
     start = (*[0] * (matrix.ndim - 2), *offset[-2:])
     mine = update[tuple(slice(at, at + size) for at, size in zip(start, local.shape))]
     local.mul_(1 - group["lr"] * group["weight_decay"])
-    local.add_(mine.to(local.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
+    local.add_(mine.to(local.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape[-2:])))
 
 
-def _whole_matrices(update: Tensor) -> Tensor:
-    """This rank's matrices, each with all of its rows and columns: the last two dims are gathered."""
-    if not isinstance(update, DTensor):
+def _whole_matrices(update: Tensor, matrix: Tensor) -> Tensor:
+    """This rank's part of an update of `matrix`, but with all rows and columns: the last two dims are gathered."""
+    if not isinstance(matrix, DTensor):
         return update
-    first = update.ndim - 2
-    kept = [p if p.is_shard() and p.dim < first else Replicate() for p in update.placements]  # type: ignore[attr-defined]
-    return update.redistribute(placements=kept).to_local()
+    mesh, first = matrix.device_mesh, matrix.ndim - 2
+    kept = [p if p.is_shard() and p.dim < first else Replicate() for p in matrix.placements]  # type: ignore[attr-defined]
+    shape, stride = matrix.shape, matrix.stride()
+    divided = DTensor.from_local(update, mesh, matrix.placements, run_check=False, shape=shape, stride=stride)
+    return divided.redistribute(mesh, kept).to_local()
 
 
 def orthogonalise(x: Tensor, iterations: int) -> Tensor:

@@ -105,7 +105,7 @@ PAIRS = {
 }
 QUICK = {
     "adamw": [("tp2 cp2 ep4", "pp2 zbv"), ("tp2 cp2 ep4", "one"), ("pp2 zbv", "hsdp2 ep2")],
-    "muon": [("hsdp2 ep2", "ep2"), ("hsdp2 ep2", "tp2 cp2 ep4")],
+    "muon": [("hsdp2 ep2", "tp2 cp2 ep4")],
 }
 
 
