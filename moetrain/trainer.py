@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint.agree import on_rank0
 from moetrain.checkpoint.lock import RunLock
+from moetrain.checkpoint.resume import begin
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.checkpoint.use import load_weights, resolve
 from moetrain.comm.collectives import all_reduce_sum
 from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest
@@ -57,8 +57,6 @@ class Trainer:
         on_rank0(lambda: bool(self.lock.__enter__()))
         kept = config.checkpoint
         self.store = CheckpointStore(self.run_dir, kept.keep, kept.keep_every, kept.keep_best)
-        self.notes: list[str] = []  # what there is to say before there is a log
-        self.skipped: dict[str, list[str]] = {}  # damaged checkpoints that a resume passed over
         self.meshes = build_meshes(layout, device.type)
         self.loader = self._build_loader()
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
@@ -77,7 +75,11 @@ class Trainer:
         self.tape = RoutingTape(record, replay, self.moe_layers, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
-        self.step = self._restore()
+        self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
+        self.step = self.beginning.step
+        if self.beginning.state:
+            self.loader.load_state_dict(self.beginning.state["data"])
+        on_rank0(lambda: self.store.set_aside_newer(self.beginning.keeps))
         if self.pipeline:
             self.pipeline.after_update()
         on_rank0(lambda: self.tape.start(self.step))
@@ -90,11 +92,7 @@ class Trainer:
         train, every = self.config.train, self.config.checkpoint.every
         first = self.step
         self.log.start(first, self._describe())
-        for text in self.notes:
-            self.log.note(text)
-        for name, lines in self.skipped.items():
-            text = f"{name} is damaged and not used: " + "; ".join(lines)
-            self.log.event("skipped_checkpoint", text, checkpoint=name, problems=lines)
+        self.log.began(self.beginning.notes, self.beginning.skipped)
         if first < train.steps and first == 0 and train.eval_every:
             self.log.row({"step": 0, "val_loss": self.evaluate()})
         self.throughput.start()
@@ -237,32 +235,6 @@ class Trainer:
             dropless = torch.zeros_like(sums.entropy_L)
             row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])
         return row
-
-    def _restore(self) -> int:
-        """Load what `run.resume` or `init.from` names; returns the steps already done."""
-        resume, init = self.config.run.resume, self.config.init
-        allow = init.get("allow", [])
-        if self.rank0:
-            self.store.clean()
-        path = self._resume_path(resume)
-        if path is None:
-            if init.get("from"):
-                load_weights(on_rank0(lambda: resolve(init["from"])), self.model, allow, self.notes.append)
-            on_rank0(lambda: self.store.set_aside_newer(-1))  # a fresh start supersedes what an older run left here
-            return 0
-        auto = resume == "auto"
-        state = self.store.load(path, self.model, self.optimizer, allow, checked=auto, note=self.notes.append)
-        self.loader.load_state_dict(state["data"])
-        on_rank0(lambda: self.store.set_aside_newer(state["step"]))
-        return int(state["step"])
-
-    def _resume_path(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        if resume != "auto":
-            return on_rank0(lambda: resolve(resume))
-        path, self.skipped = self.store.newest_intact()
-        return path
 
     def _build_loader(self) -> Loader:
         config = self.config

@@ -118,7 +118,7 @@ def test_no_intact_step_is_refused_on_every_rank(tmp_path):
 def test_the_best_stays_and_names_may_be_excepted(tmp_path, capfd):
     kept = ["train.eval_every=1", "train.eval_batches=1", "checkpoint.keep=1", "checkpoint.keep_best=1"]
     run = tmp_path / "run"
-    run_ranks(_train, 1, run, *kept, "train.steps=4", "balance=[switch]", "optim.lr=0.3")  # such a rate makes it worse
+    run_ranks(_train, 1, run, *kept, "train.steps=4", "balance=[switch]", "optim.lr=30")  # such a rate makes it worse
     losses = {row["step"]: row["val_loss"] for row in _rows(run)[0] if row["step"]}
     best = min(losses, key=lambda step: losses[step])
     assert best < 4
