@@ -142,7 +142,8 @@ def _check_init(config: Config) -> None:
         raise ValueError(f"init.{unknown[0]}: no such key; did you mean 'init.{close[0]}'?")
     allow = config.init.get("allow", [])
     if not isinstance(allow, list) or not all(isinstance(name, str) and name for name in allow):
-        raise _refuse("init.allow", repr(allow), "is not a list of names or patterns", "[]")
+        nearest = [allow] if isinstance(allow, str) and allow else []
+        raise _refuse("init.allow", repr(allow), "is not a list of names or patterns", nearest)
 
 
 def _check_retention(config: Config) -> None:
