@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint.agree import on_rank0
 from moetrain.checkpoint.lock import RunLock
-from moetrain.checkpoint.store import CheckpointStore, load_weights, resolve
+from moetrain.checkpoint.resume import begin
+from moetrain.checkpoint.store import CheckpointStore
 from moetrain.comm.collectives import all_reduce_sum
+from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch
@@ -52,7 +55,8 @@ class Trainer:
 
         self.lock = RunLock(self.run_dir)
         on_rank0(lambda: bool(self.lock.__enter__()))
-        self.store = CheckpointStore(self.run_dir, keep=config.checkpoint.keep)
+        kept = config.checkpoint
+        self.store = CheckpointStore(self.run_dir, kept.keep, kept.keep_every, kept.keep_best)
         self.meshes = build_meshes(layout, device.type)
         self.loader = self._build_loader()
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
@@ -72,7 +76,11 @@ class Trainer:
         self.tape = RoutingTape(record, replay, self.moe_layers, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
-        self.step = self._restore()
+        self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
+        self.step = self.beginning.step
+        if self.beginning.state:
+            self.loader.load_state_dict(self.beginning.state["data"])
+        on_rank0(lambda: self.store.set_aside_newer(self.beginning.keeps))
         if self.pipeline:
             self.pipeline.after_update()
         on_rank0(lambda: self.tape.start(self.step))
@@ -85,6 +93,7 @@ class Trainer:
         train, every = self.config.train, self.config.checkpoint.every
         first = self.step
         self.log.start(first, self._describe())
+        self.log.began(self.beginning.notes, self.beginning.skipped)
         if first < train.steps and first == 0 and train.eval_every:
             self.log.row({"step": 0, "val_loss": self.evaluate()})
         self.throughput.start()
@@ -98,7 +107,7 @@ class Trainer:
                         row["val_loss"] = self.evaluate()
                     self.log.row(row)
                     if last or (every and self.step % every == 0):
-                        self.save()
+                        self.save(row.get("val_loss"))
                         saved = self.step
                 if stopping:
                     self.log.note(f"stopped after step {self.step}: {stop.signal or 'asked by another rank'}")
@@ -109,6 +118,7 @@ class Trainer:
 
     def train_step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
         """One optimizer step. Returns its metrics row and whether any rank was asked to stop."""
+        seed_step(self.config.run.seed, self.step)
         batches = [self._mine(batch) for batch in self.loader.next_step()]
         totals = self._totals(batches)
         self.tape.begin(self.step + 1, self.config.train.global_batch * self.config.train.seq_len)
@@ -155,9 +165,10 @@ class Trainer:
             raise ValueError("the held-out rows have no target that counts; set train.eval_every=0 or mask less")
         return loss / tokens
 
-    def save(self) -> None:
-        """Publish a checkpoint of the current step."""
-        state = {"step": self.step, "data": self.loader.state_dict()}
+    def save(self, val_loss: float | None = None) -> None:
+        """Publish a checkpoint of the current step. val_loss: if it was evaluated at this step."""
+        known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+        state = {"step": self.step, "data": self.loader.state_dict(), "val_loss": known}
         layout = {**self.layout.attention, **self.layout.expert, "world": self.layout.world}
         self.store.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
         self.log.note(f"checkpoint of step {self.step} in {self.store.root}")
@@ -224,27 +235,6 @@ class Trainer:
             dropless = torch.zeros_like(sums.entropy_L)
             row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])
         return row
-
-    def _restore(self) -> int:
-        """Load what `run.resume` or `init.from` names; returns the steps already done."""
-        resume, start_from = self.config.run.resume, self.config.init.get("from", "")
-        if self.rank0:
-            self.store.clean()
-        path = on_rank0(lambda: self._resume_path(resume))
-        if path is None:
-            if start_from:
-                load_weights(on_rank0(lambda: resolve(start_from)), self.model)
-            on_rank0(lambda: self.store.set_aside_newer(-1))  # a fresh start supersedes what an older run left here
-            return 0
-        state = self.store.load(path, self.model, self.optimizer)
-        self.loader.load_state_dict(state["data"])
-        on_rank0(lambda: self.store.set_aside_newer(state["step"]))
-        return int(state["step"])
-
-    def _resume_path(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        return self.store.latest() if resume == "auto" else resolve(resume)
 
     def _build_loader(self) -> Loader:
         config = self.config

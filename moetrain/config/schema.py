@@ -81,10 +81,16 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between checkpoints, 0 for only the final one; keep: newest checkpoints kept, 0 for all."""
+    """every: steps between checkpoints, 0 for only the final one.
+
+    keep: newest checkpoints kept, 0 for all. keep_every: those whose step divides by this stay as well, 0 for none.
+    keep_best: so do this many with the lowest val_loss, 0 for none.
+    """
 
     every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
 
 
 @dataclass
@@ -95,7 +101,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    init: dict[str, str] = field(default_factory=dict)  # from: a checkpoint whose weights alone start the run
+    # from: a checkpoint whose weights alone start the run. allow: patterns of names that a checkpoint may lack or have
+    # in excess, here and on a resume.
+    init: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     dispatch: dict[str, Any] = field(default_factory=dict)
