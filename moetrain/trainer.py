@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint.agree import on_rank0
 from moetrain.checkpoint.lock import RunLock
+from moetrain.checkpoint.saver import Saver
 from moetrain.checkpoint.store import CheckpointStore, load_weights, resolve
 from moetrain.comm.collectives import all_reduce_sum
 from moetrain.comm.stop import StopRequest
@@ -53,6 +54,7 @@ class Trainer:
         self.lock = RunLock(self.run_dir)
         on_rank0(lambda: bool(self.lock.__enter__()))
         self.store = CheckpointStore(self.run_dir, keep=config.checkpoint.keep)
+        self.saver = Saver(self.store, config.checkpoint, device)
         self.meshes = build_meshes(layout, device.type)
         self.loader = self._build_loader()
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
@@ -86,8 +88,9 @@ class Trainer:
         self.log.start(first, self._describe())
         if first < train.steps and first == 0 and train.eval_every:
             self.log.row({"step": 0, "val_loss": self.evaluate()})
+        self.saver.prepare(self.model, self.optimizer)
         self.throughput.start()
-        saved = first if self.store.steps() else -1
+        self.saver.newest = first if self.store.steps() else -1
         with StopRequest() as stop:
             while self.step < train.steps:
                 row, stopping = self.train_step(bool(stop))
@@ -98,12 +101,16 @@ class Trainer:
                     self.log.row(row)
                     if last or (every and self.step % every == 0):
                         self.save()
-                        saved = self.step
+                    self._tell_saves()
                 if stopping:
                     self.log.note(f"stopped after step {self.step}: {stop.signal or 'asked by another rank'}")
                     break
-        if saved != self.step:
+        if self.saver.wait() != self.step:
             self.save()
+            self.saver.wait()
+        self._tell_saves()
+        if self.saver.newest != self.step:
+            raise RuntimeError(f"the run ends at step {self.step} and its last checkpoint is of {self.saver.newest}")
         self.log.finish()
 
     def train_step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
@@ -123,6 +130,7 @@ class Trainer:
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
         check_finite(norm, self.step + 1, sample_ids)
         clip_(self.parameters, self.config.train.max_grad_norm, norm)
+        self.saver.before_update()
         for layer, count_E in zip(layers, sums.count_LE):
             for plugin in layer.plugins().values() if layer else ():
                 plugin.before_step(count_E)
@@ -155,14 +163,18 @@ class Trainer:
         return loss / tokens
 
     def save(self) -> None:
-        """Publish a checkpoint of the current step."""
+        """Publish a checkpoint of the current step, or begin to."""
         state = {"step": self.step, "data": self.loader.state_dict()}
         layout = {**self.layout.attention, **self.layout.expert, "world": self.layout.world}
-        self.store.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
-        self.log.note(f"checkpoint of step {self.step} in {self.store.root}")
+        self.saver.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
+
+    def _tell_saves(self) -> None:
+        for outcome in self.saver.finished():
+            self.log.note(str(outcome))
 
     def close(self) -> None:
-        """Give back the data thread, the logs, and the run directory."""
+        """Give back the threads, the logs, and the run directory."""
+        self.saver.close()
         self.loader.close()
         self.log.close()
         if self.rank0:
@@ -220,6 +232,8 @@ class Trainer:
         row: dict[str, Any] = {"step": self.step, **dict(zip(terms, values)), "grad_norm": values[-2]}
         row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(values[-1])}
         row |= self.throughput.step(int(values[-1]))
+        if exposed_s := self.saver.exposed_s():
+            row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
             dropless = torch.zeros_like(sums.entropy_L)
             row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])

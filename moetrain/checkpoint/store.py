@@ -20,11 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, on_rank0, rank_and_world
 from moetrain.checkpoint.lazy import LazyTensor, write_lazy
-from moetrain.checkpoint.tensors import mismatches, model_tensors, optimizer_tensors, read_tensors, write_tensors
+from moetrain.checkpoint.snapshot import Snapshot
+from moetrain.checkpoint.tensors import (
+    mismatches,
+    model_tensors,
+    optimizer_tensors,
+    read_tensors,
+    save_planned,
+    write_tensors,
+)
 
 FOLDER = "checkpoints"
 _HIDDEN = re.compile(r"\.(step_\d{8,})\.(tmp|old)-[0-9a-f]+")
@@ -61,6 +70,23 @@ class CheckpointStore:
 
         return self._save(step, trainer_state, layout, config or {}, write)
 
+    def save_snapshot(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        trainer_state: dict[str, Any],
+        layout: dict[str, Any],
+        config: dict[str, Any],
+        group: ProcessGroup | None,
+    ) -> Path:
+        """Publish what `snapshot` holds (parts model and optim), from a thread, as `save` does. group: as in `gather`."""
+
+        def write(stage: Path) -> None:
+            for part, tensors in snapshot.live.items():
+                save_planned(stage / part, tensors, snapshot.planner(part), group=group)
+
+        return self._save(step, trainer_state, layout, config, write, group)
+
     def save_weights(self, step: int, tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Path:
         """Publish a checkpoint of weights alone, made one at a time and shared out among the ranks; else as `save`.
 
@@ -73,13 +99,21 @@ class CheckpointStore:
 
         return self._save(step, {"step": step}, {}, config, write)
 
-    def _save(self, step: int, trainer_state: dict, layout: dict, config: dict, write: Callable[[Path], None]) -> Path:
-        stage = on_rank0(lambda: self._stage(step, trainer_state))
+    def _save(
+        self,
+        step: int,
+        trainer_state: dict,
+        layout: dict,
+        config: dict,
+        write: Callable[[Path], None],
+        group: ProcessGroup | None = None,
+    ) -> Path:
+        stage = on_rank0(lambda: self._stage(step, trainer_state), group)
         try:
             write(stage)
-            digests = gather(lambda: _own_digests(stage))
+            digests = gather(lambda: _own_digests(stage), group)
             files = {name: entry for of_rank in digests for name, entry in of_rank.items()}
-            return on_rank0(lambda: self._publish(stage, step, layout, config, files))
+            return on_rank0(lambda: self._publish(stage, step, layout, config, files), group)
         except BaseException:
             if rank_and_world()[0] == 0:
                 shutil.rmtree(stage, ignore_errors=True)

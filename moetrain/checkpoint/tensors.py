@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -80,18 +81,23 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_planned(
-    directory: Path, tensors: dict[str, Tensor], planner: dcp.SavePlanner, file_each: bool = False
+    directory: Path,
+    tensors: dict[str, Tensor],
+    planner: dcp.SavePlanner,
+    file_each: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere.
 
-    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete.
+    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete. group: as in `gather`.
     """
     writer = _Writer(directory, single_file_per_rank=not file_each)
     try:
         with _quiet():
-            dcp.save(tensors, storage_writer=writer, planner=planner)
-    except CheckpointException as error:  # a BaseException, whose message is one line per failing rank
-        raise RuntimeError(f"{directory} was not written: {error}") from error
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:  # a BaseException, whose message is every failing rank's traceback
+        causes = "; ".join(f"rank {rank}: {_cause(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
+        raise RuntimeError(f"{directory} was not written: {causes}") from error
 
 
 def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
@@ -147,6 +153,15 @@ def read_metadata(directory: Path) -> Metadata:
         if info.relative_path in ("", ".", "..") or Path(info.relative_path).name != info.relative_path:
             raise ValueError(f"{path} is refused: {index.fqn!r} is stored outside, in {info.relative_path!r}")
     return metadata
+
+
+def _cause(error: BaseException) -> str:
+    """The error that began it: torch's zip writer hides a full disk behind an error of its own."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    told = next((e for e in reversed(chain) if isinstance(e, OSError)), chain[0])
+    return f"{type(told).__name__}: {told}"
 
 
 class _Unpickler(pickle.Unpickler):

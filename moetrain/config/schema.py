@@ -78,10 +78,16 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between checkpoints, 0 for only the final one; keep: newest checkpoints kept, 0 for all."""
+    """every: steps between checkpoints, 0 for only the final one; keep: newest checkpoints kept, 0 for all.
+
+    asynchronous: copy the state to host memory and let a thread write it while training goes on. when_busy: what a save
+    does when the one before it is still being written: wait | skip.
+    """
 
     every: int = 0
     keep: int = 2
+    asynchronous: bool = False
+    when_busy: str = "wait"
 
 
 @dataclass

@@ -21,6 +21,7 @@ CHOICES = {
     "parallel.recompute": ("none", "full", "selective"),
     "parallel.schedule": ("1f1b", "interleaved", "zbv", "dualpipev"),
     "data.documents": ("stop", "cross"),
+    "checkpoint.when_busy": ("wait", "skip"),
 }
 AT_LEAST = {
     "train.steps": 1,
