@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from typing import Any
 import psutil
 
 NAME = "run.lock"
-TURN = f".{NAME}.turn"  # locked while somebody looks and evicts; never removed, or two could lock two files of that name
+TURN = f".{NAME}.turn"  # locked while somebody looks and evicts; never removed: two could lock two files of that name
 TURN_S = 10.0
 SETTLE_S = 0.5
 
@@ -177,6 +178,22 @@ class RunLock:
             if self.on_lost is not None and not self._stop.is_set():
                 self.on_lost()
             return
+
+
+def run_lock(run_dir: str | os.PathLike) -> RunLock:
+    """The lock of a training run: it waits after a restart by torchrun, and ends the process when it is lost."""
+    lock = RunLock(run_dir)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        lock.wait_s = 1.5 * lock.expiry_s  # the ranks may have moved: our predecessor's heartbeat is all we see
+
+    def lost() -> None:
+        holder = _parse(_read(lock.path) or "")
+        text = f"{lock.path}: pid {holder['pid']} on host {holder['host']} took over, because our heartbeat was silent"
+        print(f"{text} for {lock.expiry_s:.0f} s; this process ends before it writes more", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    lock.on_lost = lost
+    return lock
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class CheckpointStore:
         config: dict[str, Any],
         group: ProcessGroup | None,
     ) -> Path:
-        """Publish what `snapshot` holds (parts model and optim), from a thread, as `save` does. group: as in `gather`."""
+        """Publish what `snapshot` holds (model and optim), from a thread, as `save` does. group: as in `gather`."""
 
         def write(stage: Path) -> None:
             for part, tensors in snapshot.live.items():

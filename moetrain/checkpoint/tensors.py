@@ -89,7 +89,7 @@ def save_planned(
 ) -> None:
     """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere.
 
-    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete. group: as in `gather`.
+    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete. group: see `gather`.
     """
     writer = _Writer(directory, single_file_per_rank=not file_each)
     try:

@@ -18,6 +18,7 @@ def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     device = _device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL remembers, for a hang's report
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

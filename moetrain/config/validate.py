@@ -22,6 +22,7 @@ CHOICES = {
     "parallel.schedule": ("1f1b", "interleaved", "zbv", "dualpipev"),
     "data.documents": ("stop", "cross"),
     "checkpoint.when_busy": ("wait", "skip"),
+    "train.on_bad_step": ("stop", "skip", "rollback"),
 }
 AT_LEAST = {
     "train.steps": 1,
@@ -34,6 +35,9 @@ AT_LEAST = {
     "train.log_every": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.grace_s": 1,
+    "run.hang_timeout_s": 0,
+    "train.max_bad_steps": 0,
     "model.moe.n_experts": 0,
 }
 
@@ -62,6 +66,7 @@ def validate(config: Config, world: int) -> Layout:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
     _check_tape(config)
+    _check_bad_steps(config)
     return layout
 
 
@@ -137,6 +142,13 @@ def _check_init(config: Config) -> None:
     unknown = set(config.init) - {"from"}
     if unknown:
         raise ValueError(f"init.{sorted(unknown)[0]}: no such key; did you mean 'init.from'?")
+
+
+def _check_bad_steps(config: Config) -> None:
+    if config.train.on_bad_step == "rollback" and not config.checkpoint.every:
+        raise _refuse("checkpoint.every", 0, "leaves train.on_bad_step=rollback nothing to go back to", 1)
+    if config.train.max_loss is not None and config.train.max_loss < 0:
+        raise _refuse("train.max_loss", config.train.max_loss, "is below 0", 0)
 
 
 def _check_tape(config: Config) -> None:

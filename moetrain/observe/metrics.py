@@ -73,6 +73,10 @@ class MetricsLog(JsonLines):
         """Drop what lies past the restored step, older resume events too, and record the resume."""
         self._keep(lambda row: row["step"] <= step, then=[{"event": "resume", "step": step}])
 
+    def roll_back(self, step: int, why: Mapping[str, Any]) -> None:
+        """Drop what lies past `step`, which the run went back to, and record it with what `why` says."""
+        self._keep(lambda row: row["step"] <= step, then=[{"event": "rollback", "step": step, **why}])
+
 
 class SampleLog(JsonLines):
     """`samples.jsonl`: {"step", "dp", "ids"}, which samples each data-parallel rank took in each step."""
@@ -87,6 +91,10 @@ class SampleLog(JsonLines):
         """Drop what lies past the restored step. No event is written, so every line keeps the one shape."""
         self._keep(lambda row: row["step"] <= step)
 
+    def roll_back(self, step: int, why: Mapping[str, Any]) -> None:
+        """As `resume`: the lines are those whose samples the weights have seen."""
+        self.resume(step)
+
 
 class NullLog:
     """Stands in for either log on ranks that do not write."""
@@ -94,6 +102,8 @@ class NullLog:
     def append(self, *args: Any, **kwargs: Any) -> None: ...
 
     def resume(self, step: int) -> None: ...
+
+    def roll_back(self, step: int, why: Mapping[str, Any]) -> None: ...
 
     def clear(self) -> None: ...
 

@@ -51,6 +51,7 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
     recorded = []
     for _ in range(steps):
         row, _ = trainer.train_step()
+        assert row is not None, "a bad step"
         recorded.append(Step(row, dict(seen)))
     weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
     if trainer.pipeline is not None:

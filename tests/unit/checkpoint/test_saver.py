@@ -1,4 +1,4 @@
-"""One process: a snapshot is of its moment, the writer's failures are told, a busy writer is waited for or passed over."""
+"""One process: a snapshot is of its moment, a failed write is told, a busy writer is waited for or passed over."""
 
 from __future__ import annotations
 
