@@ -58,7 +58,7 @@ def main() -> None:
 
 def _speeds(trainer: Trainer) -> dict[str, Any]:
     """Seconds and bytes of one save in the loop and one load."""
-    records = ({"step": trainer.step, "data": trainer.loader.state_dict()}, {}, {})
+    records: tuple[dict, dict, dict] = ({"step": trainer.step, "data": trainer.loader.state_dict()}, {}, {})
     pair = (trainer.model, trainer.optimizer)
     save_s = _timed(trainer, lambda: trainer.store.save(trainer.step, *pair, *records))
     path = trainer.store.latest()
