@@ -8,22 +8,34 @@ taken once and used again. docs/decisions/030-saving-in-the-background.md says w
 from __future__ import annotations
 
 import mmap
-from typing import Any
+import os
+from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+
+from moetrain.checkpoint.tensors import save_planned
+from moetrain.checkpoint.writer import Digests, Place, ValuesPlanner, WriterProcess
 
 _ALIGN = 64  # bytes, of each tensor in the arena
 
 
 class Snapshot:
-    """What `take` last copied. live: part -> name -> the tensors it copied from, for their names and global shapes."""
+    """What `take` last copied. live: part -> name -> the tensors it copied from, for their names and global shapes.
 
-    def __init__(self, device: torch.device) -> None:
+    apart: whether a process of its own writes the copy (see writer.py); by default for a GPU.
+    """
+
+    def __init__(self, device: torch.device, apart: bool | None = None) -> None:
         self.live: dict[str, dict[str, Tensor]] = {}
+        self._apart = device.type == "cuda" if apart is None else apart
+        self._writer: WriterProcess | None = None
+        self._memory = -1
+        self._places: dict[str, dict[str, Place]] = {}
         self._host: dict[str, dict[str, Tensor]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied = torch.cuda.Event() if self._stream else None
@@ -33,17 +45,27 @@ class Snapshot:
 
     def prepare(self, live: dict[str, dict[str, Tensor]]) -> None:
         """Take the host memory that these tensors need, unless that has been done. Seconds for tens of gigabytes."""
+        if self._apart and not (self._writer and self._writer.alive()) and self._host:
+            self._writer = WriterProcess(self._memory, self._places)
         if self._host:
             return
-        local = {(part, name): _local(tensor) for part, tensors in live.items() for name, tensor in tensors.items()}
-        size = sum(_aligned(tensor.nbytes) for tensor in local.values())
-        arena = mmap.mmap(-1, max(size, 1))
         offset = 0
-        for (part, name), tensor in local.items():
-            self._host.setdefault(part, {})[name] = _view(arena, offset, tensor)
-            offset += _aligned(tensor.nbytes)
-        if self._stream and size:
-            self._register(torch.frombuffer(arena, dtype=torch.uint8).data_ptr(), size)
+        for part, tensors in live.items():
+            self._places[part] = {}
+            for name, tensor in tensors.items():
+                local = _local(tensor)
+                self._places[part][name] = Place(offset, local.dtype, tuple(local.shape))
+                offset += -(-local.nbytes // _ALIGN) * _ALIGN
+        self._memory = os.memfd_create("moetrain-snapshot")
+        os.ftruncate(self._memory, max(offset, 1))
+        memory = mmap.mmap(self._memory, 0)
+        self._host = {
+            part: {name: place.view(memory) for name, place in of.items()} for part, of in self._places.items()
+        }
+        if self._stream and offset:
+            self._register(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), offset)
+        if self._apart:
+            self._writer = WriterProcess(self._memory, self._places)
 
     def take(self, live: dict[str, dict[str, Tensor]]) -> None:
         """Copy `live` (part -> name -> tensor), always the same names and shapes. Nobody may read the copy before."""
@@ -81,12 +103,25 @@ class Snapshot:
         if self._copied:
             self._copied.synchronize()
 
-    def planner(self, part: str) -> dcp.SavePlanner:
-        """Plans with the live tensors of `part`, of which it reads no value, and writes the copies."""
-        return _HostPlanner(self._host[part])
+    def write(self, directory: Path, part: str, group: ProcessGroup | None) -> Digests:
+        """Write the copies of `part` as `write_tensors` does, by file name the digests known already. See `gather`."""
+        found: Digests = {}
+        writer = self._writer
+
+        def elsewhere(plan: SavePlan) -> list[WriteResult]:
+            assert writer is not None
+            results, digests = writer.write(directory, part, plan)
+            found.update(digests)
+            return results
+
+        planner = ValuesPlanner(self._host[part])
+        save_planned(directory, self.live[part], planner, group=group, elsewhere=elsewhere if writer else None)
+        return found
 
     def close(self) -> None:
-        """Give the page lock back."""
+        """Give the page lock back and end the writer."""
+        if self._writer:
+            self._writer.close()
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self._registered)
             self._registered = 0
@@ -98,25 +133,5 @@ class Snapshot:
             self._registered = pointer
 
 
-class _HostPlanner(dcp.DefaultSavePlanner):
-    def __init__(self, host: dict[str, Tensor]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._values = host
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._values[index.fqn]
-
-
 def _local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
-
-
-def _view(arena: Any, offset: int, like: Tensor) -> Tensor:
-    """A tensor with a storage of its own at that place: torch.save writes whole storages."""
-    if like.numel() == 0:
-        return torch.empty(like.shape, dtype=like.dtype)
-    return torch.frombuffer(arena, dtype=like.dtype, count=like.numel(), offset=offset).view(like.shape)

@@ -31,7 +31,6 @@ from moetrain.checkpoint.tensors import (
     model_tensors,
     optimizer_tensors,
     read_tensors,
-    save_planned,
     write_tensors,
 )
 
@@ -81,9 +80,9 @@ class CheckpointStore:
     ) -> Path:
         """Publish what `snapshot` holds (model and optim), from a thread, as `save` does. group: as in `gather`."""
 
-        def write(stage: Path) -> None:
-            for part, tensors in snapshot.live.items():
-                save_planned(stage / part, tensors, snapshot.planner(part), group=group)
+        def write(stage: Path) -> dict[str, dict]:
+            known = {part: snapshot.write(stage / part, part, group) for part in snapshot.live}
+            return {f"{part}/{name}": entry for part, of_part in known.items() for name, entry in of_part.items()}
 
         return self._save(step, trainer_state, layout, config, write, group)
 
@@ -105,13 +104,13 @@ class CheckpointStore:
         trainer_state: dict,
         layout: dict,
         config: dict,
-        write: Callable[[Path], None],
+        write: Callable[[Path], dict[str, dict] | None],
         group: ProcessGroup | None = None,
     ) -> Path:
         stage = on_rank0(lambda: self._stage(step, trainer_state), group)
         try:
-            write(stage)
-            digests = gather(lambda: _own_digests(stage), group)
+            known = write(stage) or {}
+            digests = gather(lambda: _own_digests(stage, known), group)
             files = {name: entry for of_rank in digests for name, entry in of_rank.items()}
             return on_rank0(lambda: self._publish(stage, step, layout, config, files), group)
         except BaseException:
@@ -292,13 +291,17 @@ def _refuse(path: Path, lines: list[str]) -> None:
     raise ValueError(f"{path} cannot be used:\n" + "\n".join(f"- {line}" for line in lines) + offer)
 
 
-def _own_digests(stage: Path) -> dict[str, dict]:
-    """Digests of the files that this rank wrote: its shards, and on rank 0 the indices and trainer.json."""
+def _own_digests(stage: Path, known: dict[str, dict]) -> dict[str, dict]:
+    """Digests of the files that this rank wrote: its shards, and on rank 0 the indices and trainer.json.
+
+    known: those worked out already.
+    """
     rank, _ = rank_and_world()
     paths = [path for part in ("model", "optim") for path in (stage / part).glob(f"__{rank}_*")]
     if rank == 0:
         paths += [stage / "model" / ".metadata", stage / "optim" / ".metadata", stage / "trainer.json"]
-    return {path.relative_to(stage).as_posix(): manifest.digest(path) for path in paths}
+    names = {path.relative_to(stage).as_posix(): path for path in paths}
+    return {name: known.get(name) or manifest.digest(path) for name, path in names.items()}
 
 
 def _is_json(value: Any) -> bool:

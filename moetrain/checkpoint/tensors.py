@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 _METADATA = ".metadata"
 _ALLOWED = {
@@ -86,12 +88,15 @@ def save_planned(
     planner: dcp.SavePlanner,
     file_each: bool = False,
     group: dist.ProcessGroup | None = None,
+    elsewhere: Callable[[dcp.SavePlan], list[WriteResult]] | None = None,
 ) -> None:
     """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere.
 
     file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete. group: see `gather`.
+    elsewhere: writes this rank's share instead of DCP.
     """
     writer = _Writer(directory, single_file_per_rank=not file_each)
+    writer.elsewhere = elsewhere
     try:
         with _quiet():
             dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
@@ -158,8 +163,10 @@ def read_metadata(directory: Path) -> Metadata:
 def _cause(error: BaseException) -> str:
     """The error that began it: torch's zip writer hides a full disk behind an error of its own."""
     chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    while (
+        cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__)
+    ) is not None:
+        chain.append(cause)
     told = next((e for e in reversed(chain) if isinstance(e, OSError)), chain[0])
     return f"{type(told).__name__}: {told}"
 
@@ -181,6 +188,15 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Writer(dcp.FileSystemWriter):
+    elsewhere: Callable[[dcp.SavePlan], list[WriteResult]] | None = None
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        if self.elsewhere is None:
+            return super().write_data(plan, planner)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self.elsewhere(plan))
+        return done
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # the default would store the path of a folder that is about to be renamed
 

@@ -11,7 +11,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGUSR1, and SIGINT while active. A second SIGINT interrupts at once, as usual.
+    """Catches SIGTERM, SIGUSR1, SIGHUP, and SIGINT while active. A second SIGINT interrupts at once, as usual.
 
     on_first: called with the first signal's name, in the handler.
     """
@@ -22,7 +22,7 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             self._before[number] = signal.signal(number, self._remember)
         return self
 

@@ -10,7 +10,9 @@ from torch import nn
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.saver import Saver
+from moetrain.checkpoint.snapshot import Snapshot
 from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.tensors import read_metadata
 from moetrain.config.schema import CheckpointConfig
 from moetrain.optim import adamw
 
@@ -56,16 +58,24 @@ class _Gated(CheckpointStore):
         return super().save_snapshot(*args)
 
 
-def _files(path):
-    return manifest.read(path)["files"]
+def _same(path, other, but_indices=False):
+    """Size and SHA-256 of every file. An index is a pickle, whose bytes depend on where its strings came from."""
+    files, others = (
+        {name: entry for name, entry in manifest.read(p)["files"].items() if not but_indices or ".metadata" not in name}
+        for p in (path, other)
+    )
+    index, other_index = ([vars(read_metadata(p / part)) for part in ("model", "optim")] for p in (path, other))
+    return files == others and index == other_index
 
 
-def test_what_changes_after_save_returns_is_not_in_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_changes_after_save_returns_is_not_in_the_checkpoint(tmp_path, apart):
     model, optimizer = _trained(0)
     state = {"step": 1, "cursor": {"sample": 3}}
     expected = CheckpointStore(tmp_path / "now").save(1, model, optimizer, state, {}, {})
     store = _Gated(tmp_path / "later")
     saver = Saver(store, CheckpointConfig(asynchronous=True), CPU)
+    saver._snapshot = Snapshot(CPU, apart)  # by a process of its own, as on a GPU, or by the thread
     saver.save(1, model, optimizer, state, {}, {})
     saver.before_update()
     _update(model, optimizer)
@@ -74,11 +84,13 @@ def test_what_changes_after_save_returns_is_not_in_the_checkpoint(tmp_path):
     store.gate.set()
     assert saver.wait() == 1
     (outcome,) = saver.finished()
-    assert _files(outcome.path) == _files(expected)  # size and SHA-256 of every file, indices included
+    assert _same(outcome.path, expected, but_indices=apart)
     second = CheckpointStore(tmp_path / "now").save(2, model, optimizer, state, {}, {})
     saver.save(2, model, optimizer, state, {}, {})  # the memory is used again
     assert saver.wait() == 2
-    assert _files(saver.finished()[0].path) == _files(second) != _files(expected)
+    (outcome,) = saver.finished()
+    assert _same(outcome.path, second, but_indices=apart)
+    assert not _same(outcome.path, expected)
     assert saver.exposed_s() > 0
     assert saver.exposed_s() == 0
     saver.close()
@@ -121,6 +133,26 @@ def test_a_failed_write_is_told_and_the_next_one_is_tried(tmp_path, asynchronous
     saver.save(2, model, optimizer, {"step": 2}, {}, {})
     assert saver.wait() == 2
     assert saver.finished()[0].path.name == "step_00000002"
+
+
+def test_a_writer_that_was_killed_is_told_and_replaced(tmp_path):
+    model, optimizer = _trained(0)
+    saver = Saver(CheckpointStore(tmp_path), CheckpointConfig(asynchronous=True), CPU)
+    saver._snapshot = Snapshot(CPU, apart=True)
+    saver.save(1, model, optimizer, {"step": 1}, {}, {})
+    assert saver.wait() == 1
+    saver._snapshot._writer._process.kill()
+    saver._snapshot._writer._process.wait()
+    process = saver._snapshot._writer._process
+    saver._snapshot._writer.alive = lambda: True  # it dies after we looked
+    saver.save(2, model, optimizer, {"step": 2}, {}, {})
+    assert saver.wait() == 1
+    assert "the process that writes checkpoints has ended (-9)" in [str(o) for o in saver.finished()][1]
+    del saver._snapshot._writer.alive
+    saver.save(3, model, optimizer, {"step": 3}, {}, {})
+    assert saver.wait() == 3
+    assert saver._snapshot._writer._process is not process
+    saver.close()
 
 
 def test_state_that_json_would_change_is_refused_at_once_without_a_thread(tmp_path):
