@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from moetrain.checkpoint.agree import gather, on_rank0
 from moetrain.checkpoint.lock import run_lock
+from moetrain.checkpoint.resume import begin
 from moetrain.checkpoint.saver import Saver
-from moetrain.checkpoint.store import CheckpointStore, load_weights, resolve
+from moetrain.checkpoint.store import CheckpointStore
 from moetrain.comm.collectives import all_reduce_sum, sum_over
+from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest
 from moetrain.comm.watchdog import Watchdog
 from moetrain.config.schema import Config
@@ -58,7 +61,8 @@ class Trainer:
         on_rank0(lambda: bool(self.lock.__enter__()))
         self.watchdog = Watchdog(self.run_dir / "hangs" / on_rank0(lambda: token_hex(4)), config.run.hang_timeout_s)
         self.guard = BadStepGuard(config)
-        self.store = CheckpointStore(self.run_dir, keep=config.checkpoint.keep)
+        kept = config.checkpoint
+        self.store = CheckpointStore(self.run_dir, kept.keep, kept.keep_every, kept.keep_best)
         self.saver = Saver(self.store, config.checkpoint, device)
         self.meshes = build_meshes(layout, device.type)
         self.loader = build_loader(config, self.meshes.dp_rank, layout.dp)
@@ -78,7 +82,12 @@ class Trainer:
         self.tape = RoutingTape(record, replay, self.moe_layers, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
-        self.step = self._restore()
+        self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
+        self.step = self.beginning.step
+        if self.beginning.state:
+            self.loader.load_state_dict(self.beginning.state["data"])
+            self.guard.bad = self.beginning.state.get("bad_steps", 0)
+        on_rank0(lambda: self.store.set_aside_newer(self.beginning.keeps))
         if self.pipeline:
             self.pipeline.after_update()
         on_rank0(lambda: self.tape.start(self.step))
@@ -91,12 +100,14 @@ class Trainer:
         train, every = self.config.train, self.config.checkpoint.every
         first = self.step
         self.log.start(first, describe(self.config, self.layout, self.device.type, first))
+        self.log.began(self.beginning.notes, self.beginning.skipped)
         if first < train.steps and first == 0 and train.eval_every:
             self.log.row({"step": 0, "val_loss": self.evaluate()})
         self.saver.prepare(self.model, self.optimizer)
         self.throughput.start()
         self.saver.newest = first if self.store.steps() else -1
         grace_s = self.config.checkpoint.grace_s
+        row: dict[str, Any] | None = None
         with self.watchdog, StopRequest(lambda name: self.watchdog.end_within(grace_s, name)) as stop:
             while self.step < train.steps:
                 self.watchdog.beat(f"step {self.step + 1}")
@@ -111,16 +122,17 @@ class Trainer:
                         row["val_loss"] = self.evaluate()
                     self.log.row(row)
                     if last or (every and self.step % every == 0):
-                        self.save()
+                        self.save(row.get("val_loss"))
                     self._tell_saves()
                 if stopping:
                     self.log.note(f"stopped after step {self.step}: {stop.signal or 'asked by another rank'}")
                     break
-            self._finish_saves()
+            self._finish_saves(row)
         self.log.finish()
 
     def train_step(self, stop: bool = False) -> tuple[dict[str, Any] | None, bool]:
         """One optimizer step. Returns its metrics row (None: rolled back) and whether any rank was asked to stop."""
+        seed_step(self.config.run.seed, self.step)
         batches = [self._mine(batch) for batch in self.loader.next_step()]
         totals = self._totals(batches)
         self.tape.begin(self.step + 1, self.config.train.global_batch * self.config.train.seq_len)
@@ -174,11 +186,12 @@ class Trainer:
             raise ValueError("the held-out rows have no target that counts; set train.eval_every=0 or mask less")
         return loss / tokens
 
-    def save(self) -> None:
-        """Publish a checkpoint of the current step, or begin to."""
+    def save(self, val_loss: float | None = None) -> None:
+        """Publish a checkpoint of the current step, or begin to. val_loss: if it was evaluated at this step."""
         self.watchdog.beat(f"checkpoint of step {self.step}")
         self.guard.check_weights(self.parameters, self.step)
-        state = {"step": self.step, "data": self.loader.state_dict(), "bad_steps": self.guard.bad}
+        known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+        state = {"step": self.step, "data": self.loader.state_dict(), "val_loss": known, "bad_steps": self.guard.bad}
         layout = {**self.layout.attention, **self.layout.expert, "world": self.layout.world}
         self.saver.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
 
@@ -186,12 +199,12 @@ class Trainer:
         for outcome in self.saver.finished():
             self.log.note(str(outcome))
 
-    def _finish_saves(self) -> None:
+    def _finish_saves(self, row: dict[str, Any] | None) -> None:
         """A run ends with a checkpoint of its last step; a save that failed is tried once more."""
         self.watchdog.beat("the last checkpoint")
         if self.saver.wait() != self.step:
             self._tell_saves()
-            self.save()
+            self.save((row or {}).get("val_loss"))
             self.saver.wait()
         self._tell_saves()
         if self.saver.newest != self.step:
@@ -284,25 +297,3 @@ class Trainer:
             dropless = torch.zeros_like(sums.entropy_L)
             row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])
         return row
-
-    def _restore(self) -> int:
-        """Load what `run.resume` or `init.from` names; returns the steps already done."""
-        resume, start_from = self.config.run.resume, self.config.init.get("from", "")
-        if self.rank0:
-            self.store.clean()
-        path = on_rank0(lambda: self._resume_path(resume))
-        if path is None:
-            if start_from:
-                load_weights(on_rank0(lambda: resolve(start_from)), self.model)
-            on_rank0(lambda: self.store.set_aside_newer(-1))  # a fresh start supersedes what an older run left here
-            return 0
-        state = self.store.load(path, self.model, self.optimizer)
-        self.loader.load_state_dict(state["data"])
-        self.guard.bad = state.get("bad_steps", 0)
-        on_rank0(lambda: self.store.set_aside_newer(state["step"]))
-        return int(state["step"])
-
-    def _resume_path(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        return self.store.latest() if resume == "auto" else resolve(resume)

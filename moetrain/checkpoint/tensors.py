@@ -7,10 +7,13 @@ only DCP's own record types, and we store nothing but tensors, which torch loads
 
 from __future__ import annotations
 
+import os
 import pickle
+import stat
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +108,15 @@ def save_planned(
         raise RuntimeError(f"{directory} was not written: {causes}") from error
 
 
-def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False, allow: Collection[str] = ()) -> None:
     """Overwrite `tensors` in place from one folder. See `mismatches` first.
 
-    Every rank calls it with what it holds, unless `alone`: then this one reads whatever the others do.
+    Every rank calls it with what it holds, unless `alone`: then this one reads whatever the others do. allow: patterns
+    of names that keep their values if the folder has none for them.
     """
+    if allow:
+        stored = read_metadata(directory).state_dict_metadata
+        tensors = {name: t for name, t in tensors.items() if name in stored or not matches(name, allow)}
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet():
@@ -119,45 +126,73 @@ def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = Fals
 
 
 def mismatches(
-    directory: Path, tensors: dict[str, Tensor], same_dtype: bool, elsewhere: Collection[str] = ()
-) -> list[str]:
+    directory: Path,
+    tensors: dict[str, Tensor],
+    same_dtype: bool,
+    elsewhere: Collection[str] = (),
+    allow: Collection[str] = (),
+) -> tuple[list[str], list[str]]:
     """A line for each name that one side lacks and for each global shape (and dtype, if asked) that differs.
 
-    elsewhere: names that other ranks hold (pipeline stages), which are no surprise here.
+    elsewhere: names that other ranks hold (pipeline stages), which are no surprise here. allow: patterns of names that
+    one side may lack. Returns the lines, and the names that `allow` excepted.
     """
     stored: dict[str, Any] = read_metadata(directory).state_dict_metadata
-    lines = [f"missing in the checkpoint: {name}" for name in sorted(tensors.keys() - stored.keys())]
-    lines += [
-        f"unexpected in the checkpoint: {name}" for name in sorted(stored.keys() - tensors.keys() - set(elsewhere))
-    ]
+    missing = sorted(tensors.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - tensors.keys() - set(elsewhere))
+    lines = [f"missing in the checkpoint: {name}" for name in missing if not matches(name, allow)]
+    lines += [f"unexpected in the checkpoint: {name}" for name in unexpected if not matches(name, allow)]
     for name in sorted(tensors.keys() & stored.keys()):
         there, here = stored[name], tensors[name]
         if there.size != here.shape:
             lines.append(f"{name} has shape {tuple(there.size)} in the checkpoint and {tuple(here.shape)} here")
         elif same_dtype and there.properties.dtype != here.dtype:
             lines.append(f"{name} is {there.properties.dtype} in the checkpoint and {here.dtype} here")
-    return lines
+    return lines, [name for name in missing + unexpected if matches(name, allow)]
+
+
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether one of the shell-style patterns is this name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_metadata(directory: Path) -> Metadata:
     """DCP's index of a folder. Raises ValueError for anything in it but records of tensors in files of this folder."""
     path = directory / _METADATA
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise ValueError("not a regular file")
         with open(path, "rb") as file:
             metadata = _Unpickler(file).load()
+        _check_index(directory, metadata)
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    return metadata
+
+
+def _check_index(directory: Path, metadata: Any) -> None:
+    """Each entry is a tensor, and lies within a regular file of this folder."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{path} is refused: not a checkpoint's index")
+        raise ValueError("not a checkpoint's index")
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{path} is refused: {name!r} is not a tensor")
+            raise ValueError(f"{name!r} is not a tensor")
+    sizes: dict[str, int] = {}
     for index, info in metadata.storage_data.items():
-        if info.relative_path in ("", ".", "..") or Path(info.relative_path).name != info.relative_path:
-            raise ValueError(f"{path} is refused: {index.fqn!r} is stored outside, in {info.relative_path!r}")
-    return metadata
+        name = info.relative_path
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{index.fqn!r} is stored outside, in {name!r}")
+        if name not in sizes:
+            status = os.lstat(directory / name)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{index.fqn!r} is stored in {name!r}, which is not a regular file")
+            sizes[name] = status.st_size
+        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
+            raise ValueError(f"{index.fqn!r} is stored past the {sizes[name]} bytes of {name!r}")
+        if info.transform_descriptors:
+            raise ValueError(f"{index.fqn!r} is stored transformed, by {info.transform_descriptors}")
 
 
 def _cause(error: BaseException) -> str:

@@ -89,15 +89,20 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between checkpoints, 0 for only the final one; keep: newest checkpoints kept, 0 for all.
+    """every: steps between checkpoints, 0 for only the final one.
 
-    asynchronous: copy the state to host memory and let a thread write it while training goes on. when_busy: what a save
-    does when the one before it is still being written: wait | skip. grace_s: seconds from SIGTERM or SIGUSR1 to the end
-    of the run, last checkpoint included; a run that takes longer reports where it is and exits with 1.
+    keep: newest checkpoints kept, 0 for all. keep_every: those whose step divides by this stay as well, 0 for none.
+    keep_best: so do this many with the lowest val_loss, 0 for none.
+
+    asynchronous: copy the state to host memory and write it beside the training. when_busy: what a save does when the
+    one before it is still being written: wait | skip. grace_s: seconds from SIGTERM or SIGUSR1 to the end of the run,
+    last checkpoint included; a run that takes longer reports where it is and exits with 1.
     """
 
     every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
     asynchronous: bool = False
     when_busy: str = "wait"
     grace_s: float = 240.0
@@ -111,7 +116,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    init: dict[str, str] = field(default_factory=dict)  # from: a checkpoint whose weights alone start the run
+    # from: a checkpoint whose weights alone start the run. allow: patterns of names that a checkpoint may lack or have
+    # in excess, here and on a resume.
+    init: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     dispatch: dict[str, Any] = field(default_factory=dict)

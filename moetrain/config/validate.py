@@ -38,6 +38,8 @@ AT_LEAST = {
     "checkpoint.grace_s": 1,
     "run.hang_timeout_s": 0,
     "train.max_bad_steps": 0,
+    "checkpoint.keep_every": 0,
+    "checkpoint.keep_best": 0,
     "model.moe.n_experts": 0,
 }
 
@@ -65,6 +67,7 @@ def validate(config: Config, world: int) -> Layout:
             if getattr(layout, key) > 1:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
+    _check_retention(config)
     _check_tape(config)
     _check_bad_steps(config)
     return layout
@@ -139,9 +142,27 @@ def _check_multiple(key: str, value: int, of: int, what: str) -> None:
 
 
 def _check_init(config: Config) -> None:
-    unknown = set(config.init) - {"from"}
+    unknown = sorted(set(config.init) - {"from", "allow"})
     if unknown:
-        raise ValueError(f"init.{sorted(unknown)[0]}: no such key; did you mean 'init.from'?")
+        close = difflib.get_close_matches(unknown[0], ("from", "allow"), n=1, cutoff=0.0)
+        raise ValueError(f"init.{unknown[0]}: no such key; did you mean 'init.{close[0]}'?")
+    allow = config.init.get("allow", [])
+    if not isinstance(allow, list) or not all(isinstance(name, str) and name for name in allow):
+        raise _refuse("init.allow", repr(allow), "is not a list of names or patterns", "[]")
+
+
+def _check_retention(config: Config) -> None:
+    """An option that could never keep anything is a mistake."""
+    kept, evaluated = config.checkpoint, config.train.eval_every
+    if kept.keep_every and kept.every and kept.keep_every % kept.every:
+        nearest = max(1, round(kept.keep_every / kept.every)) * kept.every
+        reason = f"is not a multiple of checkpoint.every={kept.every}"
+        raise _refuse("checkpoint.keep_every", kept.keep_every, reason, nearest)
+    if kept.keep_best and not evaluated:
+        raise _refuse("checkpoint.keep_best", kept.keep_best, "needs a val_loss, but train.eval_every=0", 0)
+    if kept.keep_best and kept.every % evaluated:
+        reason = f"needs a val_loss of each checkpoint, but checkpoint.every={kept.every} is not a multiple of it"
+        raise _refuse("train.eval_every", evaluated, reason, nearest_divisor(evaluated, kept.every))
 
 
 def _check_bad_steps(config: Config) -> None:

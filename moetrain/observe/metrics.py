@@ -69,6 +69,10 @@ class MetricsLog(JsonLines):
         assert isinstance(row.get("step"), int), f"a metrics row needs an integer step, got {row.get('step')!r}"
         self.append_row(row)
 
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Write something that happened after `step` updates."""
+        self.append_row({"event": name, "step": step, **details})
+
     def resume(self, step: int) -> None:
         """Drop what lies past the restored step, older resume events too, and record the resume."""
         self._keep(lambda row: row["step"] <= step, then=[{"event": "resume", "step": step}])

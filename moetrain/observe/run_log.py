@@ -76,6 +76,15 @@ class RunLog:
     def note(self, text: str) -> None:
         self.console.note(text)
 
+    def began(self, notes: list[str], skipped: dict[str, list[str]]) -> None:
+        """After `start`: say `notes`; say and record the damaged checkpoints that a resume passed over."""
+        for text in notes:
+            self.note(text)
+        for name, problems in skipped.items():
+            self.note(f"{name} is damaged and not used: " + "; ".join(problems))
+            if isinstance(self.metrics, MetricsLog):
+                self.metrics.event("skipped_checkpoint", self.last["step"], checkpoint=name, problems=problems)
+
     def finish(self) -> None:
         """The closing summary: where the run is, how to resume it, how to look at it."""
         self.console.finish(closing_summary(str(self.run_dir), _this_command(), self.last))

@@ -34,12 +34,27 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
 
     Collective: call it on every rank (from `run_ranks`), or in a process without ranks.
     """
+    alone = not dist.is_initialized()
+    trainer = open_trainer(overrides)
+    recorded, weights = record_steps(trainer, steps)
+    trainer.close()
+    if alone:
+        dist.destroy_process_group()
+    return recorded, weights
+
+
+def open_trainer(overrides: list[str]) -> Trainer:
+    """A trainer on the ranks that are running, or in a world of one; its log is open, its checkpoint restored."""
     config = load_config(overrides)
     alone = not dist.is_initialized()
     layout = validate(config, 1 if alone else dist.get_world_size())
-    device = start_distributed() if alone else _rank_device()
-    trainer = Trainer(config, layout, device)
+    trainer = Trainer(config, layout, start_distributed() if alone else _rank_device())
     trainer.log.start(trainer.step, {})
+    return trainer
+
+
+def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Tensor]]:
+    """Train `steps` more steps; return each, and the whole weights after the last. Collective."""
     seen: dict[str, Tensor] = {}
 
     def capture(*_: object) -> None:
@@ -47,24 +62,24 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
             assert parameter.grad is not None, f"{name} has no gradient"
             seen[name] = whole(parameter.grad)
 
-    trainer.optimizer.register_step_pre_hook(capture)
+    handle = trainer.optimizer.register_step_pre_hook(capture)
     recorded = []
     for _ in range(steps):
         row, _ = trainer.train_step()
         assert row is not None, "a bad step"
         recorded.append(Step(row, dict(seen)))
+    handle.remove()
     weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
-    if trainer.pipeline is not None:
-        for part in (weights, *(step.gradients for step in recorded)):
-            _join_stages(part, trainer.pipeline.group)
-    trainer.close()
-    if alone:
-        dist.destroy_process_group()
+    for part in (weights, *(step.gradients for step in recorded)):
+        join_stages(part, trainer)
     return recorded, weights
 
 
-def _join_stages(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Each rank of a pipeline has the parameters of its stages."""
+def join_stages(tensors: dict[str, Tensor], trainer: Trainer) -> None:
+    """Each rank of a pipeline has the tensors of its stages: add those of the others. Collective."""
+    if trainer.pipeline is None:
+        return
+    group = trainer.pipeline.group
     parts: list[dict[str, Tensor]] = [{}] * group.size()
     dist.all_gather_object(parts, tensors, group=group)
     for part in parts:
