@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,16 +27,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.observe.metrics import read_rows
+from moetrain.testing.processes import Launch
 from moetrain.testing.small import write_documents
 
 WORLD, STEPS, EVERY = 4, 60, 3
@@ -52,48 +48,6 @@ TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "check
 
 class Broken(Exception):
     """What a round found wrong."""
-
-
-@dataclass
-class Launch:
-    """Processes of one start of the run. pids: all that were seen; the launcher's first, if there is one."""
-
-    pids: list[int]
-    agent: subprocess.Popen | None = None
-    codes: dict[int, int] = field(default_factory=dict)
-
-    def alive(self) -> bool:
-        if self.agent is not None:
-            return self.agent.poll() is None
-        for pid in set(self.pids) - self.codes.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                self.codes[pid] = os.waitstatus_to_exitcode(status)
-        return len(self.codes) < len(self.pids)
-
-    def failed(self) -> bool:
-        """Whether it ended, and not well."""
-        if self.alive():
-            return False
-        return any(self.codes.values()) if self.agent is None else self.agent.returncode != 0
-
-    def kill(self) -> int:
-        """SIGKILL to every process; returns how many there were. Workers of torchrun survive their agent otherwise."""
-        if self.agent is not None and self.agent.poll() is None:
-            self.agent.send_signal(signal.SIGSTOP)  # so that it starts nobody while we look
-            self.pids += [child.pid for child in psutil.Process(self.agent.pid).children(recursive=True)]
-        victims = [pid for pid in self.pids if pid not in self.codes]
-        for pid in victims:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + LIMIT_S
-        if self.agent is not None:
-            self.agent.wait()
-        while (self.agent is None and self.alive()) or any(map(_lives, victims)):
-            if time.monotonic() > deadline:
-                raise Broken(f"processes {victims} survive SIGKILL")
-            time.sleep(0.005)
-        return len(victims)
 
 
 class Chaos:
@@ -261,13 +215,6 @@ class Chaos:
                     os._exit(code)
             pids.append(pid)
         return Launch(pids)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _last_step(run_dir: Path) -> int:

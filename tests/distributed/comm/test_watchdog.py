@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -74,3 +76,18 @@ def test_a_run_that_outlasts_its_grace_is_ended(tmp_path):
     with pytest.raises(RankFailure, match="died"):
         run_ranks(work, 1)
     assert "not over 0 s after SIGTERM" in (tmp_path / "rank_00000.txt").read_text()
+
+
+def test_a_rank_that_cannot_report_is_named(tmp_path):
+    def work():
+        with Watchdog(tmp_path, timeout_s=1.0) as watchdog:
+            watchdog.beat("step 1")
+            if dist.get_rank() == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            all_reduce_sum(torch.ones(()), dist.group.WORLD)
+
+    with pytest.raises(RankFailure, match="died"):
+        run_ranks(work, 2)
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "ranks 1: waits in all_reduce" in summary
+    assert "ranks 0: no report" in summary
