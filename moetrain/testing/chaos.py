@@ -58,6 +58,7 @@ class Chaos:
         self.data = write_documents(root)
         self.straight, self.run_dir = root / "straight", root / "runs" / "0"
         self.rows: list[dict[str, Any]] = []
+        self.events: list[int] = []  # of the run, before this start
         self.runs, self.lost_steps, self.kinds = 0, 0, Counter[str]()
 
     def reference(self) -> None:
@@ -67,7 +68,7 @@ class Chaos:
 
     def round(self, number: int, torchrun: bool, in_save: bool) -> bool:
         """Start, kill, look. Returns whether the kill was as asked: not after the end, in a save if that was asked."""
-        expected = self._newest()
+        expected, self.events = self._newest(), _events(self.run_dir)
         start = self._torchrun if torchrun else self._fork
         launch = start(self.run_dir, f"round_{number:03d}")
         try:
@@ -89,7 +90,7 @@ class Chaos:
 
     def end(self) -> None:
         """Let the last run go to its end."""
-        expected = self._newest()
+        expected, self.events = self._newest(), _events(self.run_dir)
         self._finish(self._fork(self.run_dir, "end"), self.run_dir)
         self._whole(expected)
 
@@ -135,9 +136,9 @@ class Chaos:
         if not (self.run_dir / "metrics.jsonl").exists():
             return
         rows, samples = _rows(self.run_dir)
-        events = [row["step"] for row in read_rows(self.run_dir / "metrics.jsonl") if "event" in row]
-        if len(rows) > expected and expected and events[-1] != expected:
-            raise Broken(f"resumed from {events[-1]} and not from {expected}")
+        events = _events(self.run_dir)
+        if events != self.events and events[-1:] != [expected]:  # equal: it was killed before it resumed
+            raise Broken(f"resumed from {events} and not from {expected}")
         if rows != self.rows[: len(rows)] or len(rows) < newest:
             raise Broken("metrics differ from the uninterrupted run")
         if samples != self.samples[: len(samples)]:
@@ -226,6 +227,12 @@ def _last_step(run_dir: Path) -> int:
     except FileNotFoundError:
         return 0
     return int(found[-1]) if found else 0
+
+
+def _events(run_dir: Path) -> list[int]:
+    """The steps that the run was resumed from."""
+    path = run_dir / "metrics.jsonl"
+    return [row["step"] for row in read_rows(path) if "event" in row] if path.exists() else []
 
 
 def _rows(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
