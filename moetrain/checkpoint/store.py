@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, on_rank0, rank_and_world
 from moetrain.checkpoint.lazy import LazyTensor, write_lazy
 from moetrain.checkpoint.retention import Retention
+from moetrain.checkpoint.snapshot import Snapshot
 from moetrain.checkpoint.tensors import model_tensors, optimizer_tensors, read_tensors, write_tensors
 from moetrain.checkpoint.verify import (
     Note,
@@ -69,6 +71,23 @@ class CheckpointStore:
 
         return self._save(step, trainer_state, layout, config or {}, write)
 
+    def save_snapshot(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        trainer_state: dict[str, Any],
+        layout: dict[str, Any],
+        config: dict[str, Any],
+        group: ProcessGroup | None,
+    ) -> Path:
+        """Publish what `snapshot` holds (model and optim), from a thread, as `save` does. group: as in `gather`."""
+
+        def write(stage: Path) -> dict[str, dict]:
+            known = {part: snapshot.write(stage / part, part, group) for part in snapshot.live}
+            return {f"{part}/{name}": entry for part, of_part in known.items() for name, entry in of_part.items()}
+
+        return self._save(step, trainer_state, layout, config, write, group)
+
     def save_weights(self, step: int, tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Path:
         """Publish a checkpoint of weights alone, made one at a time and shared out among the ranks; else as `save`.
 
@@ -81,13 +100,21 @@ class CheckpointStore:
 
         return self._save(step, {"step": step}, {}, config, write)
 
-    def _save(self, step: int, trainer_state: dict, layout: dict, config: dict, write: Callable[[Path], None]) -> Path:
-        stage = on_rank0(lambda: self._stage(step, trainer_state))
+    def _save(
+        self,
+        step: int,
+        trainer_state: dict,
+        layout: dict,
+        config: dict,
+        write: Callable[[Path], dict[str, dict] | None],
+        group: ProcessGroup | None = None,
+    ) -> Path:
+        stage = on_rank0(lambda: self._stage(step, trainer_state), group)
         try:
-            write(stage)
-            digests = gather(lambda: _own_digests(stage))
+            known = write(stage) or {}
+            digests = gather(lambda: _own_digests(stage, known), group)
             files = {name: entry for of_rank in digests for name, entry in of_rank.items()}
-            return on_rank0(lambda: self._publish(stage, step, layout, config, files))
+            return on_rank0(lambda: self._publish(stage, step, layout, config, files), group)
         except BaseException:
             if rank_and_world()[0] == 0:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -225,13 +252,17 @@ class CheckpointStore:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def _own_digests(stage: Path) -> dict[str, dict]:
-    """Digests of the files that this rank wrote: its shards, and on rank 0 the indices and trainer.json."""
+def _own_digests(stage: Path, known: dict[str, dict]) -> dict[str, dict]:
+    """Digests of the files that this rank wrote: its shards, and on rank 0 the indices and trainer.json.
+
+    known: those worked out already.
+    """
     rank, _ = rank_and_world()
     paths = [path for part in ("model", "optim") for path in (stage / part).glob(f"__{rank}_*")]
     if rank == 0:
         paths += [stage / "model" / ".metadata", stage / "optim" / ".metadata", stage / "trainer.json"]
-    return {path.relative_to(stage).as_posix(): manifest.digest(path) for path in paths}
+    names = {path.relative_to(stage).as_posix(): path for path in paths}
+    return {name: known.get(name) or manifest.digest(path) for name, path in names.items()}
 
 
 def _is_json(value: Any) -> bool:

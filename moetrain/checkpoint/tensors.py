@@ -11,17 +11,20 @@ import os
 import pickle
 import stat
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 _METADATA = ".metadata"
 _ALLOWED = {
@@ -83,18 +86,26 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_planned(
-    directory: Path, tensors: dict[str, Tensor], planner: dcp.SavePlanner, file_each: bool = False
+    directory: Path,
+    tensors: dict[str, Tensor],
+    planner: dcp.SavePlanner,
+    file_each: bool = False,
+    group: dist.ProcessGroup | None = None,
+    elsewhere: Callable[[dcp.SavePlan], list[WriteResult]] | None = None,
 ) -> None:
     """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere.
 
-    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete.
+    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete. group: see `gather`.
+    elsewhere: writes this rank's share instead of DCP.
     """
     writer = _Writer(directory, single_file_per_rank=not file_each)
+    writer.elsewhere = elsewhere
     try:
         with _quiet():
-            dcp.save(tensors, storage_writer=writer, planner=planner)
-    except CheckpointException as error:  # a BaseException, whose message is one line per failing rank
-        raise RuntimeError(f"{directory} was not written: {error}") from error
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:  # a BaseException, whose message is every failing rank's traceback
+        causes = "; ".join(f"rank {rank}: {_cause(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
+        raise RuntimeError(f"{directory} was not written: {causes}") from error
 
 
 def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False, allow: Collection[str] = ()) -> None:
@@ -184,6 +195,17 @@ def _check_index(directory: Path, metadata: Any) -> None:
             raise ValueError(f"{index.fqn!r} is stored transformed, by {info.transform_descriptors}")
 
 
+def _cause(error: BaseException) -> str:
+    """The error that began it: torch's zip writer hides a full disk behind an error of its own."""
+    chain = [error]
+    while (
+        cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__)
+    ) is not None:
+        chain.append(cause)
+    told = next((e for e in reversed(chain) if isinstance(e, OSError)), chain[0])
+    return f"{type(told).__name__}: {told}"
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -201,6 +223,15 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Writer(dcp.FileSystemWriter):
+    elsewhere: Callable[[dcp.SavePlan], list[WriteResult]] | None = None
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        if self.elsewhere is None:
+            return super().write_data(plan, planner)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self.elsewhere(plan))
+        return done
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # the default would store the path of a folder that is about to be renamed
 

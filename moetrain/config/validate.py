@@ -22,6 +22,8 @@ CHOICES = {
     "parallel.recompute": ("none", "full", "selective"),
     "parallel.schedule": ("1f1b", "interleaved", "zbv", "dualpipev"),
     "data.documents": ("stop", "cross"),
+    "checkpoint.when_busy": ("wait", "skip"),
+    "train.on_bad_step": ("stop", "skip", "rollback"),
 }
 AT_LEAST = {
     "train.steps": 1,
@@ -34,6 +36,9 @@ AT_LEAST = {
     "train.log_every": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.grace_s": 1,
+    "run.hang_timeout_s": 0,
+    "train.max_bad_steps": 0,
     "checkpoint.keep_every": 0,
     "checkpoint.keep_best": 0,
     "model.moe.n_experts": 0,
@@ -67,6 +72,7 @@ def validate(config: Config, world: int) -> Layout:
     _check_retention(config)
     _check_tape(config)
     check_router(config)
+    _check_bad_steps(config)
     return layout
 
 
@@ -172,6 +178,13 @@ def _check_retention(config: Config) -> None:
     if kept.keep_best and kept.every % evaluated:
         reason = f"needs a val_loss of each checkpoint, but checkpoint.every={kept.every} is not a multiple of it"
         raise _refuse("train.eval_every", evaluated, reason, nearest_divisor(evaluated, kept.every))
+
+
+def _check_bad_steps(config: Config) -> None:
+    if config.train.on_bad_step == "rollback" and not config.checkpoint.every:
+        raise _refuse("checkpoint.every", 0, "leaves train.on_bad_step=rollback nothing to go back to", 1)
+    if config.train.max_loss is not None and config.train.max_loss < 0:
+        raise _refuse("train.max_loss", config.train.max_loss, "is below 0", 0)
 
 
 def _check_tape(config: Config) -> None:

@@ -68,6 +68,11 @@ class RunLog:
         for rank, rank_ids in sorted(dict(gathered or []).items()):  # ranks of one dp rank read the same
             self.sample_log.append(step, rank, rank_ids)
 
+    def roll_back(self, step: int, why: dict[str, Any]) -> None:
+        """The run went back to `step`."""
+        for log in (self.metrics, self.sample_log):
+            log.roll_back(step, why)
+
     def note(self, text: str) -> None:
         self.console.note(text)
 
