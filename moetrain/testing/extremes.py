@@ -80,13 +80,14 @@ def survive(case: Case, data: list[str], directory: str, steps: int) -> dict[str
         for _ in range(steps):
             row, _ = trainer.train_step()
             assert row is not None, "a bad step"
-            assert math.isfinite(row["loss"]), f"{name}: {row}"
+            loss = row["loss"]
+            assert math.isfinite(loss), f"{name}: {row}"
         hook.remove()
         assert len(checked) == steps
         assert min(checked) > 0
         _check_state(trainer)
         trainer.close()
-        losses[name] = row["loss"]
+        losses[name] = loss
     return losses
 
 
