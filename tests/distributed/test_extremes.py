@@ -1,6 +1,6 @@
 """Extreme inputs: no hang, and no expert without gradient or optimizer state.
 
-Fifty steps under every layout: `python -m moetrain.testing.extremes`. Here two that between them have every kind of exchange.
+All layouts, fifty steps: `python -m moetrain.testing.extremes`. Here two with every kind of exchange between them.
 """
 
 import pytest
