@@ -80,6 +80,7 @@ def survive(case: Case, data: list[str], directory: str, steps: int) -> dict[str
         hook = trainer.optimizer.register_step_pre_hook(lambda *_, t=trainer, c=checked: c.append(_check_gradients(t)))
         for _ in range(steps):
             row, _ = trainer.train_step()
+            assert row is not None, "a bad step"
             assert math.isfinite(row["loss"]), f"{name}: {row}"
         hook.remove()
         assert len(checked) == steps

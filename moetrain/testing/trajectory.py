@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
 
 
 def open_trainer(overrides: list[str]) -> Trainer:
-    """A trainer on the ranks that are running, or in a world of one; its log is open, its checkpoint restored."""
+    """A trainer on the ranks that are running, or in a world of one: checkpoint restored, log open. Collective."""
     config = load_config(overrides)
     alone = not dist.is_initialized()
     layout = validate(config, 1 if alone else dist.get_world_size())
@@ -58,7 +59,7 @@ def open_trainer(overrides: list[str]) -> Trainer:
 
 
 def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Tensor]]:
-    """Train `steps` more steps; return each, and the whole weights after the last. Collective."""
+    """Train `steps` more steps; return each, and the weights after the last. Collective; raises as `record`."""
     parameters = dict(trainer.model.named_parameters())
     seen: dict[str, Tensor] = {}
 
@@ -70,24 +71,24 @@ def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Te
     handle = trainer.optimizer.register_step_pre_hook(capture)
     rows, held = [], []
     for _ in range(steps):
-        rows.append(trainer.train_step()[0])
+        row, _ = trainer.train_step()
+        assert row is not None, "a bad step"
+        rows.append(row)
         held.append(dict(seen))
     handle.remove()
     held.append({name: _here(parameter) for name, parameter in parameters.items()})
-    places = {name: (tuple(parameter.shape), local_part(parameter)[1]) for name, parameter in parameters.items()}
-    *gradients, weights = _assemble(places, held)
+    *gradients, weights = _assemble(_places(parameters), held)
     return [Step(row, gradient) for row, gradient in zip(rows, gradients)], weights
 
 
-def join_stages(tensors: dict[str, Tensor], trainer: Trainer) -> None:
-    """Each rank of a pipeline has the tensors of its stages: add those of the others. Collective."""
-    if trainer.pipeline is None:
-        return
-    group = trainer.pipeline.group
-    parts: list[dict[str, Tensor]] = [{}] * group.size()
-    dist.all_gather_object(parts, tensors, group=group)
-    for part in parts:
-        tensors.update(part)
+def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors by name, from what all ranks hold of them. Collective; AssertionError where two copies differ."""
+    (assembled,) = _assemble(_places(tensors), [{name: _here(tensor) for name, tensor in tensors.items()}])
+    return assembled
+
+
+def _places(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tuple(tensor.shape), local_part(tensor)[1]) for name, tensor in tensors.items()}
 
 
 def _here(tensor: Tensor | None) -> Tensor:
