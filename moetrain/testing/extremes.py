@@ -72,7 +72,8 @@ def survive(case: Case, data: list[str], directory: str, steps: int) -> dict[str
     """
     losses = {}
     for number, (name, more) in enumerate(scenarios(case).items()):
-        config = load_config([*case.overrides(data, Path(directory) / str(number), "fp32"), *more])
+        options = [*case.overrides(data, Path(directory) / str(number), "fp32"), f"train.steps={steps}", *more]
+        config = load_config(options)
         trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"))
         trainer.log.start(0, {})
         checked: list[int] = []
