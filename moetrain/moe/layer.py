@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.moe.balance.base import Balance, attach_gradients, attach_loss, kept_graph
-from moetrain.moe.dispatch.base import Dispatcher
-from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.module import Experts
 from moetrain.moe.kept import Kept
 from moetrain.moe.shared import SharedExperts
@@ -23,7 +21,6 @@ DIFFERENTIABLE = ("gate_TK", "balance_TE", "logit_TE")
 class MoELayer(nn.Module):
     """router: (x_TD, context, bias_E, carry) -> Routing. balance: name -> plugin. shared: experts every token visits.
 
-    The dispatcher starts as the local one; parallel/ep.py replaces it when the experts are divided between ranks.
     kept: set by parallel/recompute.py around each pass. tape: set by the trainer to record or replay routing.
     """
 
@@ -35,7 +32,6 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.balance = nn.ModuleDict(balance)
         self.shared = shared
-        self.dispatcher: Dispatcher = LocalDispatch()
         self.stats = RoutingStats()
         self.kept: Kept | None = None
         self.tape: LayerTape | None = None
@@ -48,7 +44,7 @@ class MoELayer(nn.Module):
         training = torch.is_grad_enabled()  # evaluation moves neither losses nor counters
         again = self.kept is not None and self.kept.expert_TK is not None
         routing = self._route(x_TD, context, carry, training and not again)
-        y_TD = self.dispatcher(x_TD, routing, self.experts)
+        y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if training and not again:

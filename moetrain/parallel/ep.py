@@ -20,19 +20,24 @@ EXPERT_MODEL_DIM = {"w_gate_up": 3, "w_down": 1}  # the D
 
 
 def apply_ep(model: nn.Module, meshes: Meshes, dispatch: dict) -> None:
-    """Divide the experts of every MoE layer along E and F and give the layer its dispatcher and its counting group.
+    """Divide the experts of every MoE layer along E and F; give them the dispatcher and the layer its counting groups.
 
     Parameters must still be on the meta device: only their shapes are divided, values come later by name.
     """
-    for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
-        n_experts = layer.experts.w_down.shape[0]
+    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    if not layers:
+        return
+    n_experts = layers[0].experts.w_down.shape[0]
+    dispatcher: Dispatcher = build_plugin("dispatch", dispatch, n_experts=n_experts, group=meshes.ep.get_group())
+    if meshes.layout.etp > 1:
+        dispatcher = SlicedDispatch(dispatcher, meshes.expert.get_group("etp"))
+    for layer in layers:
+        assert layer.experts.w_down.shape[0] == n_experts
         for name, parameter in list(layer.experts.named_parameters()):
             assert parameter.is_meta, f"experts.{name} was materialised before it was divided"
             divided = _divide(parameter, EXPERT_WIDTH_DIM[name], meshes)
             layer.experts.register_parameter(name, nn.Parameter(divided))
-        dispatcher: Dispatcher = build_plugin("dispatch", dispatch, n_experts=n_experts, group=meshes.ep.get_group())
-        sliced = meshes.layout.etp > 1
-        layer.dispatcher = SlicedDispatch(dispatcher, meshes.expert.get_group("etp")) if sliced else dispatcher
+        layer.experts.dispatcher = dispatcher
         for plugin in layer.plugins().values():
             plugin.tokens, plugin.row = meshes.tokens, meshes.row
 

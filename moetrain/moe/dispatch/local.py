@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import ExpertFn
+from moetrain.moe.dispatch.base import Weights
+from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 
 class LocalDispatch:
     """The dispatcher of ep=1."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertFn) -> Tensor:
-        return experts(x_TD, routing.expert_TK, routing.gate_TK)
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBackend, weights: Weights) -> Tensor:
+        return experts(x_TD, routing.expert_TK, routing.gate_TK, *weights)
 
 
 def build(n_experts: int, group: dist.ProcessGroup | None) -> LocalDispatch:
