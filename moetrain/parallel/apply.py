@@ -44,7 +44,7 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
     names, width, piped = loss_names(model), carry_width(model), config.parallel.pp > 1
     mine = keep_stages(model, config, meshes) if piped else []  # 1. which layers are here
     apply_tp(model, meshes)  # 2. which heads, columns, and words are here
-    apply_ep(model, meshes, config.dispatch)  # 3. which experts are here
+    apply_ep(model, meshes, config, device.type)  # 3. which experts are here
     apply_cp(model, meshes, config.parallel.cp_method)  # 4. which positions of a row are here
     apply_recompute(list(model.layers.values()), config.parallel.recompute)  # 5. what a forward pass stores
     stages = cut(model, config, mine) if piped else []  # 6. what runs as one piece

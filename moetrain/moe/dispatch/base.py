@@ -5,14 +5,30 @@ Shape suffixes: T tokens here, M rows that came to this rank's experts, K expert
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 Weights = tuple[Tensor, Tensor]  # w_gate_up_E2FD, w_down_EDF of this rank's experts
+
+
+@dataclass(frozen=True)
+class ExchangeShape:
+    """What a dispatcher may choose by and size its buffers from.
+
+    tokens: the most that a rank routes at once. dtype: of hidden states. device_type: cpu | cuda.
+    """
+
+    tokens: int
+    d_model: int
+    top_k: int
+    dtype: torch.dtype
+    device_type: str
 
 
 class Dispatcher(Protocol):

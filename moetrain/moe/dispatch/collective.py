@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.collectives import Moving, start_all_to_all
-from moetrain.moe.dispatch.base import Weights
+from moetrain.moe.dispatch.base import ExchangeShape, Weights
+from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
@@ -28,7 +29,9 @@ class CollectiveDispatch:
     the others' in n - 2 parts, and the other half of its own while the last results go home.
     """
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup, chunks: int = 1) -> None:
+    CHUNKS = (1, 2, 3, 4, 6)  # what a measurement chooses from
+
+    def __init__(self, n_experts: int, group: dist.ProcessGroup, chunks: Chunks) -> None:
         assert n_experts % group.size() == 0, "validate.py refuses experts that do not divide evenly"
         self.group = group
         self.ep, self.rank = group.size(), group.rank()
@@ -36,8 +39,11 @@ class CollectiveDispatch:
         self.chunks = chunks
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBackend, weights: Weights) -> Tensor:
-        trip = self._trip(routing, self.chunks)
-        return exchange(x_TD, routing, trip, experts, weights, self.rank * self.local_experts)
+        def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
+            trip = self._trip(routing, chunks)
+            return exchange(x_TD, routing, trip, experts, weights, self.rank * self.local_experts)
+
+        return run(self.chunks.of(run, x_TD, routing, weights), x_TD, routing, weights)
 
     def _trip(self, routing: Routing, chunks: int) -> _Trip:
         wanted_RT = wanted_by_rank(routing.expert_TK, self.local_experts, self.ep)
@@ -151,8 +157,10 @@ class _Leg:
         return sums[0], sums[1] if len(sums) > 1 else None
 
 
-def build(n_experts: int, group: dist.ProcessGroup | None) -> CollectiveDispatch:
-    """Raises ValueError without a process group."""
+def build(
+    n_experts: int, group: dist.ProcessGroup | None, shape: ExchangeShape, chunks: str | int = "auto"
+) -> CollectiveDispatch:
+    """Raises ValueError without a process group, or for a chunk count that is not `auto` or at least 1."""
     if group is None:
         raise ValueError("dispatch=collective needs torch.distributed; nearest legal value: dispatch=local")
-    return CollectiveDispatch(n_experts, group)
+    return CollectiveDispatch(n_experts, group, Chunks("collective", chunks, CollectiveDispatch.CHUNKS, group))
