@@ -13,7 +13,7 @@ GATHER_FROM = 1.5  # experts per token and rank from which an all-gather moves a
 def build(
     n_experts: int, group: dist.ProcessGroup | None, shape: ExchangeShape, chunks: str | int = "auto"
 ) -> Dispatcher:
-    """local when this rank has all experts; allgather when most ranks hold an expert of most tokens; else collective."""
+    """local when this rank has all experts; allgather when most ranks hold one of most tokens; else collective."""
     if group is None or group.size() == 1:
         return local.build(n_experts, group, shape)
     ep = group.size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -61,4 +62,4 @@ def _measure(run: Run, chunks: int, x_TD: Tensor, routing: Routing, weights: Wei
         torch.autograd.grad(y_TD, (x, gate, *w), torch.ones_like(y_TD))
     events[-1].record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:])) / 1e3
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
