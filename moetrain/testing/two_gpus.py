@@ -61,7 +61,8 @@ def worst_error(name: str) -> float:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     dispatcher, whole = make(name, torch.float64), weights(torch.float64)
     own = slice(rank * E // ranks, (rank + 1) * E // ranks)
-    dw_own, dw_whole, done, worst = [0.0, 0.0], [torch.zeros_like(w) for w in whole], [], 0.0
+    dw_whole, done, worst = [torch.zeros_like(w) for w in whole], [], 0.0
+    dw_own = [torch.zeros_like(w[own]) for w in whole]
     for layer in range(LAYERS):
         x, expert, gate, dy = data(rank, layer, torch.float64)
         w = (whole[0][own].clone().requires_grad_(), whole[1][own].clone().requires_grad_())
@@ -74,8 +75,8 @@ def worst_error(name: str) -> float:
         y_all = LocalDispatch()(x, routing(expert, gate), ReferenceExperts(), w_all)
         want = torch.autograd.grad(y_all, (x, gate, *w_all), dy)
         for mine, theirs in ((y, y_all), *zip(got[:2], want[:2])):
-            worst = max(worst, float((mine - theirs).abs().max() / theirs.abs().max()))
-        dw_own = [total + part for total, part in zip(dw_own, got[2:])]  # type: ignore[misc]
+            worst = max(worst, float((mine - theirs).detach().abs().max() / theirs.detach().abs().max()))
+        dw_own = [total + part for total, part in zip(dw_own, got[2:])]
         dw_whole = [total + part for total, part in zip(dw_whole, want[2:])]
     for mine, theirs in zip(dw_own, dw_whole):
         dist.all_reduce(theirs)
