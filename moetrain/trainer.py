@@ -184,9 +184,8 @@ class Trainer:
         return self.model(work.token_BS, work.context, work.criterion) / work.share
 
     def _work(self, batch: Batch, totals: Totals, number: int = 0) -> Work:
-        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step)
-        if self.tape:
-            context = replace(context, index_BS=self._index(batch, number))
+        index_BS = self._index(batch, number)
+        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step, index_BS)
         targets = {"target_T": batch.target_BS.flatten(), "mask_T": batch.loss_mask_BS.flatten()}
         criterion = partial(chunked_cross_entropy, **targets, chunk=LOSS_CHUNK, group=self.meshes.vocabulary)
         return Work(batch.token_BS, context, criterion, totals.loss_tokens)
@@ -221,8 +220,7 @@ class Trainer:
         row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(values[-1])}
         row |= self.throughput.step(int(values[-1]))
         if self.moe_numbers:
-            dropless = torch.zeros_like(sums.entropy_L)
-            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])
+            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, sums.dropped_L, values[-1])
         return row
 
     def _restore(self) -> int:

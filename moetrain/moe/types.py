@@ -35,7 +35,7 @@ class TokenContext:
 
     token_BS: int64 input ids. position_BS: int64, for rotary embeddings.
     document_BS: int32, equal inside a document of a row; -1 is padding. None of it carries gradient.
-    index_BS: int64, row * S + offset of each token in the global batch; there only to record or replay routing.
+    index_BS: int64, row * S + offset of each token in the global batch; None where nobody knows (generation).
     chosen_TK: experts a router must take instead of its own choice (`router.common.choose`); None leaves it free.
     """
 
@@ -69,6 +69,7 @@ class Routing:
     count_E: int64, how often each expert was chosen by a valid token, before any token is dropped.
     context: the tokens it was made for. carry: what the next MoE layer's router may look at.
     kept: where a dispatcher may leave what a recomputed pass need not work out again; None without recomputation.
+    bounded: a capacity keeps what goes from rank to rank below ExchangeShape.rows.
     """
 
     expert_TK: Tensor
@@ -80,3 +81,4 @@ class Routing:
     context: TokenContext
     carry: Tensor | None = None
     kept: Kept | None = None
+    bounded: bool = False

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moetrain.config.plugins import build_plugin
+from moetrain.config.plugins import build_plugin, dispatch_options
 from moetrain.config.schema import Config
 from moetrain.mesh.build import Meshes
 from moetrain.mesh.layout import Layout
+from moetrain.moe.capacity import Capacity, rows_bound
 from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape
 from moetrain.moe.dispatch.sliced import SlicedDispatch
 from moetrain.moe.layer import MoELayer
@@ -27,16 +28,20 @@ def apply_ep(model: nn.Module, meshes: Meshes, config: Config, device_type: str)
 
     Parameters must still be on the meta device: only their shapes are divided, values come later by name.
     """
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:
         return
-    n_experts = layers[0].experts.w_down.shape[0]
-    shape = exchange_shape(config, meshes.layout, device_type)
+    n_experts = next(iter(layers.values())).experts.w_down.shape[0]
+    capacity = make_capacity(config, n_experts)
+    shape = exchange_shape(config, meshes.layout, device_type, capacity)
     runtime = {"n_experts": n_experts, "group": meshes.ep.get_group(), "shape": shape}
-    dispatcher: Dispatcher = build_plugin("dispatch", config.dispatch, **runtime)
+    dispatcher: Dispatcher = build_plugin("dispatch", dispatch_options(config.dispatch), **runtime)
     if meshes.layout.etp > 1:
         dispatcher = SlicedDispatch(dispatcher, meshes.expert.get_group("etp"))
-    for layer in layers:
+    for number, layer in layers.items():
+        layer.capacity = make_capacity(config, n_experts, number)
+        if layer.capacity is not None:
+            layer.capacity.row = meshes.row
         assert layer.experts.w_down.shape[0] == n_experts
         for name, parameter in list(layer.experts.named_parameters()):
             assert parameter.is_meta, f"experts.{name} was materialised before it was divided"
@@ -47,12 +52,23 @@ def apply_ep(model: nn.Module, meshes: Meshes, config: Config, device_type: str)
             plugin.tokens, plugin.row = meshes.tokens, meshes.row
 
 
-def exchange_shape(config: Config, layout: Layout, device_type: str) -> ExchangeShape:
+def make_capacity(config: Config, n_experts: int, layer: str = "") -> Capacity | None:
+    """Of one layer, by its name in the model; None without a capacity. Raises ValueError for a wrong option."""
+    options = config.dispatch.get("capacity", {})
+    if not options.get("factor"):
+        return None
+    return build_plugin("dispatch.capacity", options, n_experts=n_experts, seed=(config.run.seed, layer))
+
+
+def exchange_shape(config: Config, layout: Layout, device_type: str, capacity: Capacity | None = None) -> ExchangeShape:
     """What each rank routes in a micro-step."""
     rows = config.train.micro_batch or config.train.global_batch // layout.dp
-    tokens = rows * (config.train.seq_len // (layout.cp * layout.tp))
+    parts, top_k = layout.cp * layout.tp, config.model.moe.top_k
+    stretch = config.train.seq_len // parts
+    padded = capacity is not None and capacity.pad
+    bound = rows_bound(capacity, rows, stretch, config.train.seq_len, top_k, layout.ep) if padded else None
     dtype = COMPUTE_DTYPE[config.train.precision]
-    return ExchangeShape(tokens, config.model.d_model, config.model.moe.top_k, dtype, device_type)
+    return ExchangeShape(rows * stretch, config.model.d_model, top_k, dtype, device_type, bound)
 
 
 def _divide(parameter: Tensor, width_dim: int, meshes: Meshes) -> DTensor:

@@ -22,6 +22,7 @@ class ExchangeShape:
     """What a dispatcher may choose by and size its buffers from.
 
     tokens: the most that a rank routes at once. dtype: of hidden states. device_type: cpu | cuda.
+    rows: the most that a rank sends to another of a routing that is `bounded`; None if nothing is.
     """
 
     tokens: int
@@ -29,6 +30,7 @@ class ExchangeShape:
     top_k: int
     dtype: torch.dtype
     device_type: str
+    rows: int | None = None
 
 
 class Dispatcher(Protocol):

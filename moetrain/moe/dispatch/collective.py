@@ -27,16 +27,17 @@ class CollectiveDispatch:
     chunks: calls of the experts per layer. 1: all rows in one all-to-all, then all experts. From 2 on this rank's own
     rows are computed while others' travel: 2 takes its own, then the others'; n >= 3 takes the first half of its own,
     the others' in n - 2 parts, and the other half of its own while the last results go home.
+    rows: what goes to each rank when the routing is bounded, filled up with empty rows: then the host need not know.
     """
 
     CHUNKS = (1, 2, 3, 4, 6)  # what a measurement chooses from
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup, chunks: Chunks) -> None:
+    def __init__(self, n_experts: int, group: dist.ProcessGroup, chunks: Chunks, rows: int | None = None) -> None:
         assert n_experts % group.size() == 0, "validate.py refuses experts that do not divide evenly"
         self.group = group
         self.ep, self.rank = group.size(), group.rank()
         self.local_experts = n_experts // self.ep
-        self.chunks = chunks
+        self.chunks, self.rows = chunks, rows
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBackend, weights: Weights) -> Tensor:
         def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
@@ -47,10 +48,14 @@ class CollectiveDispatch:
 
     def _trip(self, routing: Routing, chunks: int) -> _Trip:
         wanted_RT = wanted_by_rank(routing.expert_TK, self.local_experts, self.ep)
-        send, receive = self._row_counts(wanted_RT.sum(dim=1), routing)
-        tokens = max(wanted_RT.shape[1], 1)
-        token_N = _positions(wanted_RT.flatten(), sum(send)) % tokens  # one for each (rank, token), rank by rank
-        return _Trip(self.group, wanted_RT.shape[1], cut(token_N, send, receive, self.rank, chunks))
+        tokens = wanted_RT.shape[1]
+        if routing.bounded and self.rows is not None and tokens:
+            send = receive = [self.rows] * self.ep
+            token_N = _padded(wanted_RT, self.rows)
+        else:
+            send, receive = self._row_counts(wanted_RT.sum(dim=1), routing)
+            token_N = _positions(wanted_RT.flatten(), sum(send)) % max(tokens, 1)  # of each (rank, token) wanted
+        return _Trip(self.group, tokens, cut(token_N, send, receive, self.rank, chunks), routing.bounded)
 
     def _row_counts(self, send_R: Tensor, routing: Routing) -> tuple[list[int], list[int]]:
         """Exchanged once: a recomputed pass has the same routing."""
@@ -69,8 +74,8 @@ class CollectiveDispatch:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that travel together. token_N: the tokens of this rank's rows, rank by rank; rows to and from each rank, or
-    None where they stay."""
+    """Rows that travel together. token_N: the tokens of this rank's rows, rank by rank, less T where a row is empty;
+    counts: rows to and from each rank, or None where they stay."""
 
     token_N: Tensor
     counts: tuple[list[int], list[int]] | None
@@ -112,9 +117,22 @@ def _positions(flag_N: Tensor, total: int) -> Tensor:
     return torch.empty(total + 1, dtype=torch.int64, device=flag_N.device).scatter_(0, rank_N, index_N)[:total]
 
 
+def _padded(wanted_RT: Tensor, rows: int) -> Tensor:
+    """[R * rows]: for each rank the tokens it is sent, then empty rows: t - T for some token t, all different ones."""
+    ranks, tokens = wanted_RT.shape
+    place_RT = wanted_RT.cumsum(1) - 1
+    first_R1 = torch.arange(ranks, device=wanted_RT.device)[:, None] * rows
+    place_RT = torch.where(wanted_RT & (place_RT < rows), first_R1 + place_RT, ranks * rows)
+    token_N = torch.arange(ranks * rows + 1, device=wanted_RT.device) % tokens - tokens
+    token_RT = torch.arange(tokens, device=wanted_RT.device).expand(ranks, tokens)
+    return token_N.scatter_(0, place_RT.flatten(), token_RT.flatten())[:-1]
+
+
 class _Trip:
-    def __init__(self, group: dist.ProcessGroup, tokens: int, parts: list[Part]) -> None:
-        self.group, self.tokens, self.parts = group, tokens, parts
+    """padded: some rows may be empty."""
+
+    def __init__(self, group: dist.ProcessGroup, tokens: int, parts: list[Part], padded: bool) -> None:
+        self.group, self.tokens, self.parts, self.padded = group, tokens, parts, padded
         self.pieces = len(parts)
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
@@ -128,10 +146,19 @@ class _Leg:
         self.trip = trip
         moved = [part for part in trip.parts if part.counts is not None]
         stays = [part for part in trip.parts if part.counts is None]
-        sources = [row_TD] if label_TL is None else [label_TL, row_TD]
-        self.coming = {id(part): [self._move(t[part.token_N], part) for t in sources] for part in moved}
-        self.coming |= {id(part): [Moving(t[part.token_N]) for t in sources] for part in stays}
+        self.token = {id(part): part.token_N % trip.tokens if trip.padded else part.token_N for part in trip.parts}
+        self.coming = {id(part): [self._move(t, part) for t in self._rows(part, row_TD, label_TL)] for part in moved}
+        self.coming |= {id(part): [Moving(t) for t in self._rows(part, row_TD, label_TL)] for part in stays}
         self.going: list[list[Moving]] = []
+
+    def _rows(self, part: Part, row_TD: Tensor, label_TL: Tensor | None) -> list[Tensor]:
+        token_N = self.token[id(part)]
+        if label_TL is None:
+            return [row_TD[token_N]]
+        label_NL = label_TL[token_N]
+        if self.trip.padded:
+            label_NL = label_NL.masked_fill((part.token_N < 0)[:, None], -1)
+        return [label_NL, row_TD[token_N]]
 
     def _move(self, x: Tensor, part: Part, home: bool = False) -> Moving:
         if part.counts is None:
@@ -153,7 +180,7 @@ class _Leg:
         sums = [m.rows.new_zeros(self.trip.tokens, m.rows.shape[1]) for m in first]
         for part, moving in zip(self.trip.parts, self.going):
             for total, rows in zip(sums, moving):
-                total.index_add_(0, part.token_N, rows.wait())
+                total.index_add_(0, self.token[id(part)], rows.wait())
         return sums[0], sums[1] if len(sums) > 1 else None
 
 
@@ -163,4 +190,5 @@ def build(
     """Raises ValueError without a process group, or for a chunk count that is not `auto` or at least 1."""
     if group is None:
         raise ValueError("dispatch=collective needs torch.distributed; nearest legal value: dispatch=local")
-    return CollectiveDispatch(n_experts, group, Chunks("collective", chunks, CollectiveDispatch.CHUNKS, group))
+    choice = Chunks("collective", chunks, CollectiveDispatch.CHUNKS, group)
+    return CollectiveDispatch(n_experts, group, choice, shape.rows)
