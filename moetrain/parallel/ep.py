@@ -65,8 +65,9 @@ def exchange_shape(config: Config, layout: Layout, device_type: str, capacity: C
     rows = config.train.micro_batch or config.train.global_batch // layout.dp
     parts, top_k = layout.cp * layout.tp, config.model.moe.top_k
     stretch = config.train.seq_len // parts
-    padded = capacity is not None and capacity.pad
-    bound = rows_bound(capacity, rows, stretch, config.train.seq_len, top_k, layout.ep) if padded else None
+    bound = None
+    if capacity is not None and capacity.pad:
+        bound = rows_bound(capacity, rows, stretch, config.train.seq_len, top_k, layout.ep)
     dtype = COMPUTE_DTYPE[config.train.precision]
     return ExchangeShape(rows * stretch, config.model.d_model, top_k, dtype, device_type, bound)
 
