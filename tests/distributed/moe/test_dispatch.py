@@ -208,6 +208,13 @@ class HostReads(TorchDispatchMode):
         return fn(*args, **(kwargs or {}))
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """A dispatch mode imports for seconds when first used: here, once, before ranks are forked."""
+    with HostReads():
+        torch.ones(1) + 1
+
+
 def host_reads(name):
     """(host reads forward, backward) of one layer; tolist and item go around the dispatcher."""
     reads = HostReads()
@@ -230,13 +237,13 @@ def host_reads(name):
 @pytest.mark.parametrize(
     ("name", "allowed"), [("collective 1", 1), ("collective 3", 1), ("collective 3 padded", 0), ("allgather 3", 0)]
 )
-def test_host_synchronisations_of_a_layer(name, allowed):
+def test_host_synchronisations_of_a_layer(name, allowed, imported):
     for forward, backward in run_ranks(host_reads, WORLD, name):
         assert len(forward) == allowed, forward
         assert not backward
 
 
-def test_a_reading_host_is_noticed(monkeypatch):
+def test_a_reading_host_is_noticed(monkeypatch, imported):
     plain = collective.wanted_by_rank
     monkeypatch.setattr(collective, "wanted_by_rank", lambda *a: plain(*a) & bool(plain(*a).any()))
     assert len(run_ranks(host_reads, WORLD, "collective 1")[0][0]) > 1
