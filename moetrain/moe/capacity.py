@@ -27,6 +27,7 @@ from moetrain.moe.row import whole_rows
 from moetrain.moe.types import Routing
 
 DROPS = ("position", "probability", "batch_priority", "random")
+STEPS = 1 << 20  # gates are compared in steps of 1 / STEPS
 SCOPES = ("sequence", "rank")
 
 
@@ -71,30 +72,32 @@ class Capacity:
         """C of a scope of `tokens`, none of them padding."""
         return max(math.ceil(self.factor * slots * tokens / self.n_experts - 1e-9), self.minimum)
 
+    @torch.no_grad()
     def keep(self, routing: Routing) -> Tensor:
         """bool [T, K]: the choices that stay. Collective over the row's ranks."""
-        context, rows = routing.context, routing.context.rows
+        context = routing.context
         assert context.index_BS is not None, "capacity needs to know where tokens stand"
-        shape = (rows, -1, routing.expert_TK.shape[1])
-        expert, gate = routing.expert_TK.view(shape), routing.gate_TK.detach().view(shape)
-        valid, index = context.document_BS >= 0, context.index_BS
+        shape = (context.rows, -1, routing.expert_TK.shape[1])
+        parts = [routing.expert_TK.view(shape), routing.gate_TK.view(shape), context.document_BS >= 0, context.index_BS]
+        top_k = routing.top_k or shape[2]  # rounding may have added slots
         if self.scope == "rank":
-            expert, gate = expert.flatten(0, 1)[None], gate.flatten(0, 1)[None]
-            return self._keep(expert, gate, valid.flatten()[None], index.flatten()[None], context.step)[0]
-        row = whole_rows(index, self.row)
-        keep = self._keep(row.whole(expert), row.whole(gate), row.whole(valid), row.whole(index), context.step)
-        return row.own(keep).flatten(0, 1)
+            return self._keep([part.flatten(0, 1)[None] for part in parts], top_k, context.step)[0]
+        row = whole_rows(context.index_BS, self.row)
+        return row.own(self._keep([row.whole(part) for part in parts], top_k, context.step)).flatten(0, 1)
 
-    def _keep(self, expert_BSK: Tensor, gate_BSK: Tensor, valid_BS: Tensor, index_BS: Tensor, step: int) -> Tensor:
-        slots = expert_BSK.shape[2]
-        wanted_B1 = self.factor * slots * valid_BS.sum(1, keepdim=True).double() / self.n_experts
+    def _keep(self, parts: list[Tensor], top_k: int, step: int) -> Tensor:
+        expert_BSK, gate_BSK, valid_BS, index_BS = parts
+        wanted_B1 = self.factor * top_k * valid_BS.sum(1, keepdim=True).double() / self.n_experts
         most_B1 = (wanted_B1 - 1e-9).ceil().clamp(min=self.minimum)
-        keys: list[Tensor] = []  # the weightiest first; equal keys leave the first in the row in front
+        # Equal tokens in equal surroundings have equal gates up to rounding, which depends on the layout. In steps they
+        # are equal, and equal keys leave the first in the row in front.
+        step_BSK = -(gate_BSK * STEPS).round()
+        keys: list[Tensor] = []  # the weightiest first
         if self.drop == "probability":
-            keys = [-gate_BSK]
+            keys = [step_BSK]
         elif self.drop == "batch_priority":
-            choice_BSK = torch.arange(slots, device=expert_BSK.device).expand_as(expert_BSK)
-            keys = [choice_BSK, -gate_BSK.amax(-1, keepdim=True).expand_as(gate_BSK)]
+            choice_BSK = torch.arange(expert_BSK.shape[2], device=expert_BSK.device).expand_as(expert_BSK)
+            keys = [choice_BSK, step_BSK.amin(-1, keepdim=True).expand_as(step_BSK)]
         elif self.drop == "random":
             keys = [_scramble(index_BS, (*self.seed, step))[..., None].expand_as(expert_BSK)]
         return _first(expert_BSK, keys, most_B1, self.n_experts)

@@ -23,7 +23,7 @@ EXPERT_WIDTH_DIM = {"w_gate_up": 2, "w_down": 2}  # the F of w_gate_up [E, 2, F,
 EXPERT_MODEL_DIM = {"w_gate_up": 3, "w_down": 1}  # the D
 
 
-def apply_ep(model: nn.Module, meshes: Meshes, config: Config, device_type: str) -> None:
+def apply_ep(model: nn.Module, meshes: Meshes, config: Config) -> None:
     """Divide the experts of every MoE layer along E and F; give them the dispatcher and the layer its counting groups.
 
     Parameters must still be on the meta device: only their shapes are divided, values come later by name.
@@ -33,7 +33,7 @@ def apply_ep(model: nn.Module, meshes: Meshes, config: Config, device_type: str)
         return
     n_experts = next(iter(layers.values())).experts.w_down.shape[0]
     capacity = make_capacity(config, n_experts)
-    shape = exchange_shape(config, meshes.layout, device_type, capacity)
+    shape = exchange_shape(config, meshes.layout, meshes.expert.device_type, capacity)
     runtime = {"n_experts": n_experts, "group": meshes.ep.get_group(), "shape": shape}
     dispatcher: Dispatcher = build_plugin("dispatch", dispatch_options(config.dispatch), **runtime)
     if meshes.layout.etp > 1:
@@ -48,7 +48,8 @@ def apply_ep(model: nn.Module, meshes: Meshes, config: Config, device_type: str)
             divided = _divide(parameter, EXPERT_WIDTH_DIM[name], meshes)
             layer.experts.register_parameter(name, nn.Parameter(divided))
         layer.experts.dispatcher = dispatcher
-        for plugin in layer.plugins().values():
+        rounding = getattr(layer.router, "rounding", None)  # of routers that have it: moe/router/rounding.py
+        for plugin in [*layer.plugins().values(), *([rounding] if rounding else [])]:
             plugin.tokens, plugin.row = meshes.tokens, meshes.row
 
 
@@ -69,7 +70,8 @@ def exchange_shape(config: Config, layout: Layout, device_type: str, capacity: C
     if capacity is not None and capacity.pad:
         bound = rows_bound(capacity, rows, stretch, config.train.seq_len, top_k, layout.ep)
     dtype = COMPUTE_DTYPE[config.train.precision]
-    return ExchangeShape(rows * stretch, config.model.d_model, top_k, dtype, device_type, bound)
+    fixed = not (config.router.get("rounding") or {}).get("tile")
+    return ExchangeShape(rows * stretch, config.model.d_model, top_k, dtype, device_type, bound, fixed)
 
 
 def _divide(parameter: Tensor, width_dim: int, meshes: Meshes) -> DTensor:

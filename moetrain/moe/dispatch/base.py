@@ -23,6 +23,7 @@ class ExchangeShape:
 
     tokens: the most that a rank routes at once. dtype: of hidden states. device_type: cpu | cuda.
     rows: the most that a rank sends to another of a routing that is `bounded`; None if nothing is.
+    fixed_slots: every token has top_k expert slots, never more.
     """
 
     tokens: int
@@ -31,6 +32,7 @@ class ExchangeShape:
     dtype: torch.dtype
     device_type: str
     rows: int | None = None
+    fixed_slots: bool = True
 
 
 class Dispatcher(Protocol):

@@ -252,11 +252,13 @@ class _Leg:
 def build(
     n_experts: int, group: dist.ProcessGroup | None, shape: ExchangeShape, chunks: str | int = "auto"
 ) -> CopyEngineDispatch:
-    """Raises ValueError where the ranks cannot read each other's memory, or for a chunk count below 2."""
+    """Raises ValueError where ranks cannot read each other's memory, for chunk counts below 2, and varying slots."""
     if group is None:
         raise ValueError("dispatch=copy_engine needs torch.distributed; nearest legal value: dispatch=local")
     if chunks == 1:
         raise ValueError("dispatch.chunks=1 leaves nothing beside which to copy; nearest legal value: 2")
+    if not shape.fixed_slots:
+        raise ValueError("dispatch=copy_engine with router.rounding, whose slots vary; nearest legal value: collective")
     reason = unreachable(group, shape.device_type)
     if reason is not None:
         raise ValueError(f"dispatch=copy_engine {reason}; nearest legal value: dispatch=collective")
