@@ -96,7 +96,13 @@ class CopyEngineDispatch:
     def __init__(self, n_experts: int, memory: PeerMemory, shape: ExchangeShape, chunks: Chunks) -> None:
         self.memory, self.shape, self.chunks = memory, shape, chunks
         self.first_expert = memory.rank * (n_experts // memory.size)
-        self.regions, _ = regions(shape, memory.size)
+        placed, _ = regions(shape, memory.size)
+        self.buffers = {  # views are made once: they cost the host more than a copy's launch
+            (rank, name): memory.view(rank, region.offset, region.shape, region.dtype)
+            for rank in range(memory.size)
+            for name, region in placed.items()
+        }
+        self.cuts: dict[tuple[int, int], list[Segment]] = {}
         self.peers = [(memory.rank + 1 + i) % memory.size for i in range(memory.size - 1)]
         self.leg = 0
 
@@ -113,8 +119,13 @@ class CopyEngineDispatch:
 
     def buffer(self, rank: int, name: str) -> Tensor:
         """A region of a rank's memory."""
-        region = self.regions[name]
-        return self.memory.view(rank, region.offset, region.shape, region.dtype)
+        return self.buffers[rank, name]
+
+    def segments(self, rank: int, parts: int) -> list[Segment]:
+        """How `rank` cuts its peers' rows into `parts`."""
+        if (rank, parts) not in self.cuts:
+            self.cuts[rank, parts] = segments(rank, self.memory.size, self.shape.tokens, parts)
+        return self.cuts[rank, parts]
 
     def out_flag(self, source: int) -> int:
         """Of the flags that `source` posts."""
@@ -151,7 +162,7 @@ class _Leg:
         self.label_ML = None if label_TL is None else label_TL.new_empty((ranks - 1) * most, label_TL.shape[1])
         self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
         self.home_RTK: Tensor | None = None
-        self.mine = segments(self.memory.rank, ranks, most, trip.parts)
+        self.mine = self.dispatch.segments(self.memory.rank, trip.parts)
         self._stage()
         self.arrived = self._fetch()
         self.returned: Any = None
@@ -163,7 +174,8 @@ class _Leg:
             if source is not None:
                 target = self.dispatch.buffer(rank, name)
                 target[:tokens].copy_(source)
-                target[tokens:].fill_(empty)
+                if tokens < len(target):
+                    target[tokens:].fill_(empty)
         for peer in self.dispatch.peers:
             self.memory.post(peer, self.dispatch.out_flag(rank), self.number)
 
@@ -223,7 +235,7 @@ class _Leg:
         with self.memory.beside():
             self.memory.after(here)
             for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
-                for seg in segments(peer, self.memory.size, self.dispatch.shape.tokens, self.trip.parts):
+                for seg in self.dispatch.segments(peer, self.trip.parts):
                     if seg.source != rank:
                         continue
                     self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
@@ -237,16 +249,19 @@ class _Leg:
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
         self.memory.after(self.returned)
-        rows = torch.cat([row for row, _ in self.own_given])  # a tensor of our own to add into
-        gates = [gate for _, gate in self.own_given if gate is not None]
-        for home in self.home_RTD.unbind():
-            rows += home[: self.trip.tokens]
+        rows = self._sum([row for row, _ in self.own_given], self.home_RTD)
         if self.home_RTK is None:
             return rows, None
-        gate_TK = torch.cat(gates)
-        for home in self.home_RTK.unbind():
-            gate_TK += home[: self.trip.tokens]
-        return rows, gate_TK
+        return rows, self._sum([gate for _, gate in self.own_given if gate is not None], self.home_RTK)
+
+    def _sum(self, own: list[Tensor], home_RTD: Tensor) -> Tensor:
+        """Own parts, one behind the other, plus what came home from each peer."""
+        total = own[0].new_empty(self.trip.tokens, own[0].shape[1])
+        for part, place in zip(own, self.trip.own.values()):
+            torch.add(part, home_RTD[0, place], out=total[place])
+        for home in home_RTD[1:].unbind():
+            total += home[: self.trip.tokens]
+        return total
 
 
 def build(
@@ -255,6 +270,8 @@ def build(
     """Raises ValueError where ranks cannot read each other's memory, for chunk counts below 2, and varying slots."""
     if group is None:
         raise ValueError("dispatch=copy_engine needs torch.distributed; nearest legal value: dispatch=local")
+    if group.size() == 1:
+        raise ValueError("dispatch=copy_engine with parallel.ep=1 has no peers; nearest legal value: dispatch=local")
     if chunks == 1:
         raise ValueError("dispatch.chunks=1 leaves nothing beside which to copy; nearest legal value: 2")
     if not shape.fixed_slots:
