@@ -103,7 +103,8 @@ class _Exchange(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grads = (wanted[0], wanted[1], wanted[3], wanted[4])
         calls = []
-        leg = job.trip.start(x_TD, torch.cat([expert_TK.to(gate_TK.dtype), gate_TK], dim=1))
+        wide = torch.promote_types(gate_TK.dtype, torch.float32)  # which counts experts exactly
+        leg = job.trip.start(x_TD, torch.cat([expert_TK.to(wide), gate_TK.to(wide)], dim=1))
         for piece in range(job.trip.pieces):
             x_MD, label_ML = leg.arrive(piece)
             assert label_ML is not None
@@ -111,7 +112,7 @@ class _Exchange(torch.autograd.Function):
             leg.give(piece, call.take())
             calls.append(call)
         y_TD, _ = leg.collect()
-        ctx.job = job
+        ctx.job, ctx.gate_dtype = job, gate_TK.dtype
         ctx.save_for_backward(gate_TK)  # asked for, it has a recomputed pass run
         if job.kept is not None:
             job.kept.calls = calls if job.with_graphs else []
@@ -137,6 +138,8 @@ class _Exchange(torch.autograd.Function):
             leg.give(piece, dx_MD, dgate_MK)
             dw = [_add(total, part) for total, part in zip(dw, dw_piece)]
         dx_TD, dgate_TK = leg.collect()
+        if dgate_TK is not None:
+            dgate_TK = dgate_TK.to(ctx.gate_dtype)
         answer = (dx_TD, dgate_TK, None, *dw, None)
         job.answer = answer if graph_is_kept() else None
         return answer
