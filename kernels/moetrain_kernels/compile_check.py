@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import combine, configs, experts, gemm, launch, plan, swiglu_grad, up, weight_grad
+from . import combine, configs, experts, gemm, gemm_ws, launch, plan, swiglu_grad, up, weight_grad, weight_grad_ws
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, gemm_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, cdiv, programs
+from .gemm_ws import rows_ws
+from .launch import Ring, Tiles, block_desc, cdiv, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, load_block, load_tokens, locate_tile, store_block
 
@@ -78,7 +79,7 @@ def grouped_gemm_kernel(
 
 
 def grouped_gemm(
-    a: torch.Tensor, plan: RowPlan, w_E: torch.Tensor, tiles: Tiles, transposed: bool = False, gather: bool = False
+    a: torch.Tensor, plan: RowPlan, w_E: torch.Tensor, tiles: Tiles | Ring, transposed: bool = False, gather: bool = False
 ) -> torch.Tensor:
     """`out_RN`: each row times its expert's matrix, `w_E` being [E, N, C], or [E, C, N] if `transposed`.
 
@@ -86,6 +87,9 @@ def grouped_gemm(
     """
     num_n, num_c = (w_E.shape[2], w_E.shape[1]) if transposed else (w_E.shape[1], w_E.shape[2])
     out_RN = a.new_empty(plan.max_rows, num_n)
+    if isinstance(tiles, Ring):
+        rows_ws(a, plan, w_E, (out_RN.view(-1, 1, num_n),), tiles, transposed=transposed, gather=gather)
+        return out_RN
     w_rows = w_E.view(-1, w_E.shape[2])
     w_block = (tiles.bk, tiles.bn) if transposed else (tiles.bn, tiles.bk)
     a_desc = block_desc(a, (tiles.bm, tiles.bk), tiles.tma and not gather)  # a gradient from outside may be unaligned

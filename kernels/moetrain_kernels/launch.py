@@ -30,6 +30,26 @@ class Tiles:
     precision: str = "tf32"
 
 
+@dataclass(frozen=True)
+class Ring:
+    """Blocks of a warp-specialised Hopper kernel: output tiles of 128 x `bn` (for the up kernel bn counts gate columns)
+    and reduction steps of `bk`, in a ring of `stages`; each consumer stores `cols` columns at a time through `bufs`
+    staging buffers. `gather_left`: which side of a weight gradient's tile is gathered."""
+
+    bn: int = 256
+    stages: int = 4
+    cols: int = 64
+    bufs: int = 2
+    group: int = 8
+    gather_left: bool = True
+    bk: int = 64
+    sms: int = 1
+
+    @property
+    def bm(self) -> int:
+        return 128
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1, set before triton was imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, cdiv, power_of_2, programs
+from .launch import Ring, Tiles, block_desc, cdiv, power_of_2, programs
 from .plan import RowPlan
 from .tiles import column_part, load_block
+from .weight_grad_ws import weight_grad_ws
 
 
 @triton.jit
@@ -163,13 +164,16 @@ def weight_grad_kernel(
 
 
 def weight_grad(
-    x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, tiles: Tiles
+    x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, tiles: Tiles | Ring
 ) -> torch.Tensor:
     """Fill and return `out_E`: per expert the sum over its rows of outer(x[token], r[row]), transposed if `flip`.
 
     `out_E` is [E, M, N], or [E, N, M] if `flip`. r must be finite up to TAIL_ROWS past the last row
     (swiglu_grad zeroes them).
     """
+    if isinstance(tiles, Ring):
+        weight_grad_ws(x_TM, r_RN, plan, out_E, flip, tiles)
+        return out_E
     num_experts, num_m, num_n = out_E.shape[0], x_TM.shape[1], r_RN.shape[1]
     cols = tiles.bn // tiles.split
     r_desc = block_desc(r_RN, (tiles.bk, tiles.bn), tiles.tma)
