@@ -30,6 +30,12 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def stage_before(stage, STAGES: gl.constexpr):
+    """Computed, not carried: Triton 3.6 takes `before = stage` in a loop for a constant (same value when it first looks)."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
 def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
     """(full, empty): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after both consumers."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -84,7 +90,6 @@ def multiply(
     cp.async writes shared memory as ordinary stores do, wgmma reads it through the asynchronous proxy: with GATHER a
     fence stands between them.
     """
-    before = stage
     for k in range(steps):
         mbarrier.wait(full.index(stage), phase)
         if GATHER:
@@ -97,11 +102,10 @@ def multiply(
             b = b.permute([1, 0])
         acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
-        before = stage
+        mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=k > 0)
         stage, phase = next_stage(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(before), count=1, pred=steps > 0)
+    mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=steps > 0)
     return acc, stage, phase
 
 
