@@ -7,6 +7,7 @@ all cores before the device is touched. What wins here is written by hand into m
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -95,14 +96,14 @@ def device_ms(run: Callable[[], object], repeats: int = 8) -> float:
     """Median milliseconds of run() on the device: a long wait first lets the host queue every launch ahead."""
     for _ in range(2):
         run()
-    torch.cuda._sleep(20_000_000)
+    torch.cuda._sleep(3_000_000)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         run()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:]))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def blocks(t: Tiles | Ring) -> str:

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from .gemm_ws import rows_ws
-from .launch import Ring, Tiles, block_desc, cdiv, programs
+from .launch import Launcher, Ring, Tiles, block_desc, cdiv, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, load_block, load_tokens, locate_tile, store_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_w_rows"])
 def grouped_gemm_kernel(
     a_desc,
     a_ptr,
@@ -78,6 +78,9 @@ def grouped_gemm_kernel(
             acc = tl.zeros((BM, BN), tl.float32)
 
 
+launch_gemm = Launcher(grouped_gemm_kernel)
+
+
 def grouped_gemm(
     a: torch.Tensor, plan: RowPlan, w_E: torch.Tensor, tiles: Tiles | Ring, transposed: bool = False, gather: bool = False
 ) -> torch.Tensor:
@@ -96,7 +99,7 @@ def grouped_gemm(
     w_desc = block_desc(w_rows, w_block, tiles.tma)
     out_desc = block_desc(out_RN.view(-1, 1, num_n), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_n, tiles.bn))
-    grouped_gemm_kernel[(p,)](
+    args = (
         a_desc,
         a,
         w_desc,
@@ -108,6 +111,8 @@ def grouped_gemm(
         plan.sizes_2,
         a.shape[0],
         w_rows.shape[0],
+    )
+    constants = dict(
         N=num_n,
         C=num_c,
         K=plan.top_k,
@@ -121,7 +126,6 @@ def grouped_gemm(
         SPLIT=tiles.split,
         TMA=tiles.tma,
         PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
+    launch_gemm((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return out_RN

@@ -5,9 +5,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .launch import Ring, cdiv
+from .launch import Launcher, Ring, cdiv
 from .plan import RowPlan
-from .ws import HALF, column_part, halves, make_barriers, multiply, next_stage, pass_over, put_rows, ragged_desc, ring_desc
+from .ws import HALF, column_part, halves, make_barriers, multiply, next_stage, pass_over, put_rows, ragged_desc, release_gathered, ring_desc, stage_before
 
 
 @gluon.jit
@@ -44,13 +44,14 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LATE: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     BYTES: gl.constexpr = WIDTH * BK * 2 if GATHER else (WIDTH + BM) * BK * 2
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
-    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    stage, phase, issued = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
         n, expert, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         if GATHER:
@@ -72,10 +73,17 @@ def _produce(
                 tma.async_copy_global_to_shared(w_desc, [expert * C + k * BK, n * BN], ready, w_ring.index(stage))
             if GATHER:
                 async_copy.async_copy_global_to_shared(a_ring.index(stage), at + k * BK)
-                async_copy.mbarrier_arrive(ready, increment_count=False)
+                if LATE == 1:
+                    async_copy.commit_group()
+                    release_gathered(full, stage_before(stage, STAGES), 1, issued > 0)
+                    issued += 1
+                else:
+                    async_copy.mbarrier_arrive(ready, increment_count=False)
             else:
                 tma.async_copy_global_to_shared(a_desc, [row, k * BK], ready, a_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
+    if GATHER and LATE == 1:
+        release_gathered(full, stage_before(stage, STAGES), 0, issued > 0)
 
 
 @gluon.jit
@@ -103,6 +111,7 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LATE: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     K_TILES: gl.constexpr = (C + BK - 1) // BK
@@ -111,14 +120,14 @@ def _consume(
     PARTS: gl.constexpr = BN // COLS
     BASE: gl.constexpr = part * BUFS
     dtype: gl.constexpr = out_desc.dtype
-    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
         n, expert, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         row += part * HALF
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)
             acc, stage, phase = multiply(
-                a_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, W_NC, GATHER, STAGES
+                a_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, W_NC, GATHER and LATE == 0, STAGES
             )
             if UP:
                 gates, ups = halves(acc, HALF, WIDTH)
@@ -126,17 +135,17 @@ def _consume(
                     gate = column_part(gates, i, PARTS, HALF, BN)
                     up = column_part(ups, i, PARTS, HALF, BN)
                     col = n * BN + i * COLS
-                    put_rows(out_desc, gate.to(dtype), staging, view, BASE + 3 * i % BUFS, BUFS - 1, row, end, 0, col)
-                    put_rows(out_desc, up.to(dtype), staging, view, BASE + (3 * i + 1) % BUFS, BUFS - 1, row, end, 1, col)
+                    turn = put_rows(out_desc, gate.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
+                    turn = put_rows(out_desc, up.to(dtype), staging, view, BASE, turn, row, end, 1, col, BUFS)
                     half_tanh = gl.inline_asm_elementwise(
                         "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * gate], dtype=gl.float32, is_pure=True, pack=1
                     )
                     act = gate * (0.5 * half_tanh + 0.5) * up
-                    put_rows(act_desc, act.to(dtype), staging, view, BASE + (3 * i + 2) % BUFS, BUFS - 1, row, end, 0, col)
+                    turn = put_rows(act_desc, act.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
             else:
                 for i in gl.static_range(PARTS):
                     out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
-                    put_rows(out_desc, out, staging, view, BASE + i % BUFS, BUFS - 1, row, end, 0, n * BN + i * COLS)
+                    turn = put_rows(out_desc, out, staging, view, BASE, turn, row, end, 0, n * BN + i * COLS, BUFS)
         else:
             stage, phase = pass_over(full, empty, stage, phase, K_TILES, STAGES)
     tma.store_wait(0)
@@ -165,6 +174,7 @@ def rows_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LATE: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -179,7 +189,7 @@ def rows_ws_kernel(
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     num_m = gl.load(sizes_2)
-    full, empty = make_barriers(STAGES, 1 + 128 if GATHER else 1)
+    full, empty = make_barriers(STAGES, (2 if LATE == 1 else 1 + 128) if GATHER else 1)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     a_halves = a_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
     if not W_NC:
@@ -196,20 +206,23 @@ def rows_ws_kernel(
         [
             (
                 _consume,
-                (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 0, N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES),
+                (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 0, N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
             ),
             (
                 _consume,
-                (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 1, N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES),
+                (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 1, N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
             ),
             (
                 _produce,
-                (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, a_ring, w_target, full, empty, N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES),
+                (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, a_ring, w_target, full, empty, N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, LATE),
             ),
         ],
         [4, 4 if GATHER else 1],
         [CONSUMER_REGS, PRODUCER_REGS],
     )
+
+
+launch_rows = Launcher(rows_ws_kernel)
 
 
 def rows_ws(
@@ -230,7 +243,7 @@ def rows_ws(
     num_n, num_c = (w.shape[-1], w.shape[-2]) if transposed else (w.shape[-2], w.shape[-1])
     out_descs = [ragged_desc(out, (64, ring.cols)) for out in outs]
     p = max(1, min(ring.sms, plan.tiles_M3.shape[0] * cdiv(num_n, ring.bn)))
-    rows_ws_kernel[(p,)](
+    args = (
         a if gather else ring_desc(a, (128, ring.bk)),
         a,
         ring_desc(w.view(-1, w.shape[-1]), (ring.bk, ring.bn) if transposed else (ring.bn, ring.bk)),
@@ -239,6 +252,8 @@ def rows_ws(
         plan.slot_R,
         plan.tiles_M3,
         plan.sizes_2,
+    )
+    constants = dict(
         N=num_n,
         C=num_c,
         K=plan.top_k,
@@ -252,8 +267,8 @@ def rows_ws(
         GROUP=ring.group,
         P=p,
         STAGES=ring.stages,
+        LATE=ring.late,
         PRODUCER_REGS=72 if gather else 24,
         CONSUMER_REGS=216 if gather else 240,
-        num_warps=4,
-        maxnreg=168,
     )
+    launch_rows((p, 1, 1), args, constants, num_warps=4, maxnreg=168)

@@ -42,12 +42,47 @@ class Ring:
     bufs: int = 2
     group: int = 8
     gather_left: bool = True
+    late: int = 1
     bk: int = 64
     sms: int = 1
 
     @property
     def bm(self) -> int:
         return 128
+
+
+class Launcher:
+    """Launches one kernel; finds the compiled variant by a key of its own.
+
+    Triton's lookup costs 40 us a launch on the host, twelve launches a step: more than a small layer's kernels take. The
+    key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte alignment.
+    Integers must be declared do_not_specialize.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.variants: dict[tuple, object] = {}
+
+    def __call__(self, grid: tuple[int, ...], args: tuple, constants: dict, **options: int) -> None:
+        """`args` come before the constants in the kernel's signature, in order; grid is (x, y, z)."""
+        tensor = next(a for a in args if isinstance(a, torch.Tensor))
+        if not tensor.is_cuda:  # interpreted, or compiled only
+            self.kernel[grid](*args, **constants, **options)
+            return
+        values = tuple(constants.values())
+        key = (tensor.device, values, tuple(options.values()), *map(_trait, args))
+        variant = self.variants.get(key)
+        if variant is None:
+            self.variants[key] = self.kernel[grid](*args, **constants, **options)
+        else:
+            variant[grid](*args, *values)
+
+
+def _trait(arg: object) -> object:
+    if isinstance(arg, torch.Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    base = getattr(arg, "base", None)
+    return type(arg) if base is None else base.dtype
 
 
 def interpreting() -> bool:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .gemm_ws import rows_ws
-from .launch import Ring, Tiles, block_desc, cdiv, programs
+from .launch import Launcher, Ring, Tiles, block_desc, cdiv, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, halves, load_tokens, locate_tile, sigmoid, store_block
 
@@ -99,6 +99,9 @@ def up_swiglu_kernel(
             acc = tl.zeros((BM, 2 * BF), tl.float32)
 
 
+launch_up = Launcher(up_swiglu_kernel)
+
+
 def up_swiglu(
     x_TD: torch.Tensor, plan: RowPlan, w_gate_up_E2FD: torch.Tensor, tiles: Tiles | Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +117,7 @@ def up_swiglu(
     h_desc = block_desc(h_R2F.view(-1, 2, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     a_desc = block_desc(a_RF.view(-1, 1, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_f, tiles.bn))
-    up_swiglu_kernel[(p,)](
+    args = (
         x_TD,
         w_desc,
         w_gate_up_E2FD,
@@ -125,6 +128,8 @@ def up_swiglu(
         plan.slot_R,
         plan.tiles_M3,
         plan.sizes_2,
+    )
+    constants = dict(
         D=num_d,
         F=num_f,
         K=plan.top_k,
@@ -136,7 +141,6 @@ def up_swiglu(
         SPLIT=tiles.split,
         TMA=tiles.tma,
         PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
+    launch_up((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return h_R2F, a_RF

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Ring, Tiles, block_desc, cdiv, power_of_2, programs
+from .launch import Launcher, Ring, Tiles, block_desc, cdiv, power_of_2, programs
 from .plan import RowPlan
 from .tiles import column_part, load_block
 from .weight_grad_ws import weight_grad_ws
@@ -94,7 +94,7 @@ def _store_part(
         tl.store(ptr + (expert.to(tl.int64) * M + rows)[:, None] * N + cols[None, :], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def weight_grad_kernel(
     x_ptr,
     r_desc,
@@ -163,6 +163,9 @@ def weight_grad_kernel(
             acc = tl.zeros((BM, BN), tl.float32)
 
 
+launch_weight_grad = Launcher(weight_grad_kernel)
+
+
 def weight_grad(
     x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, tiles: Tiles | Ring
 ) -> torch.Tensor:
@@ -180,7 +183,7 @@ def weight_grad(
     out_desc = block_desc(out_E, (1, cols, tiles.bm) if flip else (1, tiles.bm, cols), tiles.tma)
     p = programs(tiles, num_experts * cdiv(num_m, tiles.bm) * cdiv(num_n, tiles.bn))
     steps_P = torch.empty(p, dtype=torch.int32, device=r_RN.device)
-    weight_grad_kernel[(p,)](
+    args = (
         x_TM,
         r_desc,
         r_RN,
@@ -190,6 +193,8 @@ def weight_grad(
         plan.spans_E3,
         steps_P,
         r_RN.shape[0],
+    )
+    constants = dict(
         E=num_experts,
         E_POW2=power_of_2(num_experts),
         M=num_m,
@@ -204,7 +209,6 @@ def weight_grad(
         SPLIT=tiles.split,
         TMA=tiles.tma,
         PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
+    launch_weight_grad((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return out_E

@@ -5,9 +5,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from .launch import Ring, cdiv
+from .launch import Launcher, Ring, cdiv
 from .plan import RowPlan
-from .ws import HALF, column_part, make_barriers, multiply, next_stage, pass_over, ring_desc
+from .ws import HALF, column_part, make_barriers, multiply, next_stage, next_turn, pass_over, release_gathered, ring_desc, stage_before
 
 
 @gluon.jit
@@ -43,6 +43,11 @@ def _turns(TILES: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
+def _load_slots(slot_R, row, end, lane_row):
+    return gl.load(slot_R + row + lane_row, mask=row + lane_row < end, other=0)
+
+
+@gluon.jit
 def _produce(
     x_ptr,
     r_desc,
@@ -62,6 +67,7 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LATE: gl.constexpr,
 ):
     WIDTH: gl.constexpr = 2 * HALF if GATHER_LEFT else BN  # columns gathered
     X: gl.constexpr = M if GATHER_LEFT else N
@@ -70,13 +76,14 @@ def _produce(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     lane_row = gl.arange(0, BK, layout=gl.SliceLayout(1, LOAD))
     lane_col = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
-    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    for turn in range(0, turns):
-        expert, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
+    stage, phase, issued = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for turn in range(turns):
+        _, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
         x_col = m * (2 * HALF) if GATHER_LEFT else n * BN
         r_col = n * BN if GATHER_LEFT else m * (2 * HALF)
         cols = x_col + lane_col
-        slot = gl.load(slot_R + row + lane_row, mask=row + lane_row < end, other=0)
+        slot = _load_slots(slot_R, row, end, lane_row)  # two steps ahead of the copies that need them
+        slot_after = _load_slots(slot_R, row + BK, end, lane_row)
         for _ in range((end - row + BK - 1) // BK):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
@@ -91,10 +98,17 @@ def _produce(
             else:
                 tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, left.index(stage))
                 async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
-            async_copy.mbarrier_arrive(ready, increment_count=False)
+            if LATE == 1:
+                async_copy.commit_group()
+                release_gathered(full, stage_before(stage, STAGES), 1, issued > 0)
+                issued += 1
+            else:
+                async_copy.mbarrier_arrive(ready, increment_count=False)
             row += BK
-            slot = gl.load(slot_R + row + lane_row, mask=row + lane_row < end, other=0)
+            slot, slot_after = slot_after, _load_slots(slot_R, row + BK, end, lane_row)
             stage, phase = next_stage(stage, phase, STAGES)
+    if LATE == 1:
+        release_gathered(full, stage_before(stage, STAGES), 0, issued > 0)
 
 
 @gluon.jit
@@ -119,34 +133,34 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LATE: gl.constexpr,
 ):
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PARTS: gl.constexpr = BN // COLS
     dtype: gl.constexpr = out_desc.dtype
-    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    for turn in range(0, turns):
+    stage, phase, slot = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for turn in range(turns):
         expert, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
         steps = (end - row + BK - 1) // BK
         out_row = (2 * m + part) * HALF
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                left, right, full, empty, acc, stage, phase, steps, part, True, False, True, STAGES
+                left, right, full, empty, acc, stage, phase, steps, part, True, False, LATE == 0, STAGES
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
                 tma.store_wait(BUFS - 1)
-                if FLIP:
-                    staging.index(part * BUFS + i % BUFS).permute([1, 0]).store(out)
-                else:
-                    staging.index(part * BUFS + i % BUFS).store(out)
-                fence_async_shared()
                 col = n * BN + i * COLS
                 if FLIP:
+                    staging.index(part * BUFS + slot).permute([1, 0]).store(out)
                     where = [expert, col, out_row]
                 else:
+                    staging.index(part * BUFS + slot).store(out)
                     where = [expert, out_row, col]
-                tma.async_copy_shared_to_global(out_desc, where, view.index(part * BUFS + i % BUFS))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out_desc, where, view.index(part * BUFS + slot))
+                slot = next_turn(slot, BUFS)
         else:
             stage, phase = pass_over(full, empty, stage, phase, steps, STAGES)
     tma.store_wait(0)
@@ -172,6 +186,7 @@ def weight_grad_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LATE: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -184,7 +199,7 @@ def weight_grad_ws_kernel(
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    full, empty = make_barriers(STAGES, 1 + 128)
+    full, empty = make_barriers(STAGES, 2 if LATE == 1 else 1 + 128)
     left = gl.allocate_shared_memory(dtype, [STAGES, BK, BM], FLAT)
     left_halves = left._reinterpret(dtype, [2 * STAGES, BK, HALF], FLAT)  # columns lie in slabs of 64
     right = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], FLAT)
@@ -197,20 +212,23 @@ def weight_grad_ws_kernel(
         [
             (
                 _consume,
-                (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0, M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES),
+                (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0, M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
             ),
             (
                 _consume,
-                (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1, M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES),
+                (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1, M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
             ),
             (
                 _produce,
-                (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns, M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES),
+                (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns, M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES, LATE),
             ),
         ],
         [4, 4],
         [CONSUMER_REGS, PRODUCER_REGS],
     )
+
+
+launch_weight_grad = Launcher(weight_grad_ws_kernel)
 
 
 def weight_grad_ws(
@@ -220,12 +238,14 @@ def weight_grad_ws(
     flip_tile = flip == ring.gather_left  # the tile's rows are x's columns if gather_left, else r's
     rows, cols = (x_TM.shape[1], r_RN.shape[1]) if ring.gather_left else (r_RN.shape[1], x_TM.shape[1])
     p = max(1, min(ring.sms, out_E.shape[0] * cdiv(rows, 128) * cdiv(cols, ring.bn)))
-    weight_grad_ws_kernel[(p,)](
+    args = (
         x_TM,
         ring_desc(r_RN, (ring.bk, ring.bn if ring.gather_left else 128)),
         ring_desc(out_E, (1, ring.cols, 64) if flip_tile else (1, 64, ring.cols)),
         plan.slot_R,
         plan.spans_E3,
+    )
+    constants = dict(
         E=out_E.shape[0],
         M=rows,
         N=cols,
@@ -239,8 +259,8 @@ def weight_grad_ws(
         GROUP=ring.group,
         P=p,
         STAGES=ring.stages,
+        LATE=ring.late,
         PRODUCER_REGS=72 if ring.gather_left else 88,
         CONSUMER_REGS=216 if ring.gather_left else 208,
-        num_warps=4,
-        maxnreg=168,
     )
+    launch_weight_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)

@@ -6,10 +6,13 @@ the barriers `full` (a stage has arrived) and `empty` (both consumers have finis
 epilogue runs while the other still multiplies, and the loads never stop.
 """
 
+from functools import cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -85,11 +88,7 @@ def multiply(
     GATHER: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """acc plus `steps` stages of the ring, one product always in flight. Returns acc and the ring's position.
-
-    cp.async writes shared memory as ordinary stores do, wgmma reads it through the asynchronous proxy: with GATHER a
-    fence stands between them.
-    """
+    """acc plus `steps` stages of the ring, one product always in flight. Returns acc and the ring's position."""
     for k in range(steps):
         mbarrier.wait(full.index(stage), phase)
         if GATHER:
@@ -120,25 +119,55 @@ def pass_over(full, empty, stage, phase, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def put_rows(desc, value, staging, view, slot: gl.constexpr, pending: gl.constexpr, row, end, half, col):
+def release_gathered(full, stage, pending: gl.constexpr, some):
+    """Report `stage` as gathered, once this thread's copies into it have landed (all but the last `pending` groups).
+
+    cp.async writes shared memory as ordinary stores do, wgmma reads it through the asynchronous proxy: hence the fence,
+    which costs the producer nothing, while in the consumers it delays every product.
+    """
+    async_copy.wait_group(pending)
+    fence_async_shared()
+    mbarrier.arrive(full.index(stage), count=1, pred=some)
+
+
+@gluon.jit
+def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
     """Store a block at [row, half, col] of a [rows, halves, columns] tensor, only rows below `end`, by TMA.
 
     `desc` has two more dimensions in front, of stride 2^34 - s and s for rows of s bytes: since addresses wrap at 2^64,
     the row coordinate can be shifted so that `end` falls on the row dimension's bound, 2^30, where TMA stops.
-    `pending`: how many earlier stores may still be reading their staging buffers.
+    The consumer's staging buffers take turns; returns the next turn.
     """
-    tma.store_wait(pending)
-    staging.index(slot).store(value)
+    tma.store_wait(BUFS - 1)
+    staging.index(base + turn).store(value)
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [RAGGED, end, RAGGED - (end - row), half, col], view.index(slot))
+    tma.async_copy_shared_to_global(desc, [RAGGED, end, RAGGED - (end - row), half, col], view.index(base + turn))
+    return next_turn(turn, BUFS)
+
+
+@gluon.jit
+def next_turn(turn, BUFS: gl.constexpr):
+    if BUFS == 1:
+        return turn
+    return gl.where(turn == BUFS - 1, 0, turn + 1)
+
+
+@cache
+def _layout(rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 def _desc(tensor: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
     """A TMA descriptor, without the constructor's checks (see launch.block_desc)."""
     desc = object.__new__(TensorDescriptor)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
     desc.__dict__.update(
-        base=tensor, shape=shape, strides=strides, block_shape=list(block), layout=layout, padding="zero"
+        base=tensor,
+        shape=shape,
+        strides=strides,
+        block_shape=list(block),
+        layout=_layout(len(block)),
+        padding="zero",
+        round_f32_to_tf32=False,
     )
     return desc
 
