@@ -267,7 +267,7 @@ def rows_ws(
         GROUP=ring.group,
         P=p,
         STAGES=ring.stages,
-        LATE=ring.late,
+        LATE=ring.late if gather else 0,
         PRODUCER_REGS=72 if gather else 24,
         CONSUMER_REGS=216 if gather else 240,
     )

@@ -42,7 +42,7 @@ class Ring:
     bufs: int = 2
     group: int = 8
     gather_left: bool = True
-    late: int = 1
+    late: int = 0
     bk: int = 64
     sms: int = 1
 
