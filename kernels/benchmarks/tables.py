@@ -2,8 +2,8 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/tables.py [--shapes olmoe ...] [--tables chosen hopper ...] [--zipf 0]
 
-A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer flatters or blames it; here every
-layer step follows a limit step. Prints the ratio, and per kernel its device milliseconds inside a step, in launch order.
+A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every layer step
+follows a limit step. Prints the ratio, and per kernel its device milliseconds inside a step, in launch order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 from experts import step
 from moetrain_kernels import compile_check, configs, experts, moe_experts, plan
-from moetrain_kernels.launch import Ring
 from shapes import SHAPES, Shape, dense_matmuls, tokens, weights
 
 LAUNCHES = ["histogram", "prefix", "scatter", "up", "down", "combine"]
@@ -38,8 +37,6 @@ TABLES: dict[str, configs.Config | None] = {
     "ring s4x2": ring(stages=4, cols=64, bufs=2),
     "ring s3x5": ring(stages=3, cols=64, bufs=5),
     "ring s3x2": ring(stages=3, cols=128, bufs=2),
-    "fence late": ring(stages=3, cols=64, bufs=5, late=1),
-    "no fence": ring(stages=3, cols=64, bufs=5, late=2),
 }
 
 

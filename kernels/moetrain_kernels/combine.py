@@ -71,13 +71,13 @@ def combine(
     block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
     tokens = max(1, BLOCK_ELEMENTS // block)
     args = (y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, num_tokens)
-    constants = dict(
-        N=num_n,
-        K=top_k,
-        WEIGHTED=gate_TK is not None,
-        PARTS=0 if part_RP is None else part_RP.shape[1],
-        TOKENS=tokens,
-        BLOCK=block,
-    )
+    constants = {
+        "N": num_n,
+        "K": top_k,
+        "WEIGHTED": gate_TK is not None,
+        "PARTS": 0 if part_RP is None else part_RP.shape[1],
+        "TOKENS": tokens,
+        "BLOCK": block,
+    }
     launch_combine((cdiv(num_tokens, tokens), cdiv(num_n, block), 1), args, constants, num_warps=8)
     return out_TN

@@ -19,7 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from . import combine, configs, experts, gemm, gemm_ws, launch, plan, swiglu_grad, up, weight_grad, weight_grad_ws
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, gemm_ws, weight_grad_ws)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad)
+RING_MODULES = (gemm_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 
@@ -39,9 +40,10 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def kernel_names() -> set[str]:
-    """Every @triton.jit function of the package that is launched (helpers are inlined into these)."""
-    names = {n for m in KERNEL_MODULES for n, v in vars(m).items() if isinstance(v, JITFunction)}
+def kernel_names(arch: int) -> set[str]:
+    """Every kernel of the package that an architecture launches (helpers are inlined into these)."""
+    modules = KERNEL_MODULES + (RING_MODULES if arch == 90 else ())
+    names = {n for m in modules for n, v in vars(m).items() if isinstance(v, JITFunction)}
     return {n for n in names if n.endswith("_kernel")}
 
 
@@ -80,18 +82,18 @@ def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (
 def check(arch: int) -> bool:
     """Compile everything for one architecture and print a line per kernel variant."""
     cases = [
-        ("bf16", torch.bfloat16, 1024),
-        ("bf16, few rows", torch.bfloat16, 16),
-        ("fp16", torch.float16, 1024),
-        ("fp32", torch.float32, 1024),
+        ("bf16", torch.bfloat16, 1024, 2048),
+        ("bf16, few rows", torch.bfloat16, 16, 2048),
+        ("fp16, odd D", torch.float16, 1024, 2056),
+        ("fp32", torch.float32, 1024, 2048),
     ]
     reached: set[str] = set()
     good = True
-    for label, dtype, num_tokens in cases:
+    for label, dtype, num_tokens, num_d in cases:
         report: list[tuple[str, int]] = []
         try:
             with compiling_for(arch, report):
-                compile_layer(dtype, num_tokens)
+                compile_layer(dtype, num_tokens, (num_d, 1024))
         except Exception as error:  # any compiler failure is a finding to print, not a crash of the check
             print(f"sm_{arch}  {label:15s} FAILED after {[name for name, _ in report]}: {str(error)[:500]}")
             good = False
@@ -100,7 +102,7 @@ def check(arch: int) -> bool:
             good &= fits
             print(f"sm_{arch}  {label:15s} {name:22s} shared {shared:6d} B  {'ok' if fits else 'TOO LARGE'}")
         reached |= {name for name, _ in report}
-    missed = kernel_names() - reached
+    missed = kernel_names(arch) - reached
     if missed:
         print(f"sm_{arch}  never reached: {sorted(missed)}")
     return good and not missed

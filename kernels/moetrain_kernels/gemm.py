@@ -82,7 +82,12 @@ launch_gemm = Launcher(grouped_gemm_kernel)
 
 
 def grouped_gemm(
-    a: torch.Tensor, plan: RowPlan, w_E: torch.Tensor, tiles: Tiles | Ring, transposed: bool = False, gather: bool = False
+    a: torch.Tensor,
+    plan: RowPlan,
+    w_E: torch.Tensor,
+    tiles: Tiles | Ring,
+    transposed: bool = False,
+    gather: bool = False,
 ) -> torch.Tensor:
     """`out_RN`: each row times its expert's matrix, `w_E` being [E, N, C], or [E, C, N] if `transposed`.
 
@@ -112,20 +117,20 @@ def grouped_gemm(
         a.shape[0],
         w_rows.shape[0],
     )
-    constants = dict(
-        N=num_n,
-        C=num_c,
-        K=plan.top_k,
-        GATHER=gather,
-        W_NC=not transposed,
-        BM=tiles.bm,
-        BN=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-    )
+    constants = {
+        "N": num_n,
+        "C": num_c,
+        "K": plan.top_k,
+        "GATHER": gather,
+        "W_NC": not transposed,
+        "BM": tiles.bm,
+        "BN": tiles.bn,
+        "BK": tiles.bk,
+        "GROUP": tiles.group,
+        "P": p,
+        "SPLIT": tiles.split,
+        "TMA": tiles.tma,
+        "PREC": tiles.precision,
+    }
     launch_gemm((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return out_RN

@@ -7,7 +7,18 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from .launch import Launcher, Ring, cdiv
 from .plan import RowPlan
-from .ws import HALF, column_part, halves, make_barriers, multiply, next_stage, pass_over, put_rows, ragged_desc, release_gathered, ring_desc, stage_before
+from .ws import (
+    HALF,
+    column_part,
+    halves,
+    make_barriers,
+    multiply,
+    next_stage,
+    pass_over,
+    put_rows,
+    ragged_desc,
+    ring_desc,
+)
 
 
 @gluon.jit
@@ -44,14 +55,13 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LATE: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     BYTES: gl.constexpr = WIDTH * BK * 2 if GATHER else (WIDTH + BM) * BK * 2
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
-    stage, phase, issued = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
         n, expert, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         if GATHER:
@@ -73,17 +83,10 @@ def _produce(
                 tma.async_copy_global_to_shared(w_desc, [expert * C + k * BK, n * BN], ready, w_ring.index(stage))
             if GATHER:
                 async_copy.async_copy_global_to_shared(a_ring.index(stage), at + k * BK)
-                if LATE == 1:
-                    async_copy.commit_group()
-                    release_gathered(full, stage_before(stage, STAGES), 1, issued > 0)
-                    issued += 1
-                else:
-                    async_copy.mbarrier_arrive(ready, increment_count=False)
+                async_copy.mbarrier_arrive(ready, increment_count=False)
             else:
                 tma.async_copy_global_to_shared(a_desc, [row, k * BK], ready, a_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
-    if GATHER and LATE == 1:
-        release_gathered(full, stage_before(stage, STAGES), 0, issued > 0)
 
 
 @gluon.jit
@@ -111,7 +114,6 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LATE: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     K_TILES: gl.constexpr = (C + BK - 1) // BK
@@ -122,12 +124,24 @@ def _consume(
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
-        n, expert, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+        n, _, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         row += part * HALF
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)
             acc, stage, phase = multiply(
-                a_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, W_NC, GATHER and LATE == 0, STAGES
+                a_halves,
+                w_ring,
+                full,
+                empty,
+                acc,
+                stage,
+                phase,
+                K_TILES,
+                part,
+                False,
+                W_NC,
+                GATHER,
+                STAGES,
             )
             if UP:
                 gates, ups = halves(acc, HALF, WIDTH)
@@ -174,7 +188,6 @@ def rows_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LATE: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -189,7 +202,7 @@ def rows_ws_kernel(
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     num_m = gl.load(sizes_2)
-    full, empty = make_barriers(STAGES, (2 if LATE == 1 else 1 + 128) if GATHER else 1)
+    full, empty = make_barriers(STAGES, 1 + 128 if GATHER else 1)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     a_halves = a_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
     if not W_NC:
@@ -202,24 +215,20 @@ def rows_ws_kernel(
         w_target = w_ring
     staging = gl.allocate_shared_memory(dtype, [2 * BUFS, HALF, COLS], FLAT)
     view = staging._reinterpret(dtype, [2 * BUFS, 1, 1, HALF, 1, COLS], out_desc.layout)
+    # fmt: off
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 0, N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
-            ),
-            (
-                _consume,
-                (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 1, N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
-            ),
-            (
-                _produce,
-                (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, a_ring, w_target, full, empty, N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, LATE),
-            ),
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 0,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 1,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, a_ring, w_target, full, empty,
+                        N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES)),
         ],
         [4, 4 if GATHER else 1],
         [CONSUMER_REGS, PRODUCER_REGS],
     )
+    # fmt: on
 
 
 launch_rows = Launcher(rows_ws_kernel)
@@ -253,22 +262,21 @@ def rows_ws(
         plan.tiles_M3,
         plan.sizes_2,
     )
-    constants = dict(
-        N=num_n,
-        C=num_c,
-        K=plan.top_k,
-        UP=up,
-        W_NC=not transposed,
-        GATHER=gather,
-        BN=ring.bn,
-        BK=ring.bk,
-        COLS=ring.cols,
-        BUFS=ring.bufs,
-        GROUP=ring.group,
-        P=p,
-        STAGES=ring.stages,
-        LATE=ring.late if gather else 0,
-        PRODUCER_REGS=72 if gather else 24,
-        CONSUMER_REGS=216 if gather else 240,
-    )
+    constants = {
+        "N": num_n,
+        "C": num_c,
+        "K": plan.top_k,
+        "UP": up,
+        "W_NC": not transposed,
+        "GATHER": gather,
+        "BN": ring.bn,
+        "BK": ring.bk,
+        "COLS": ring.cols,
+        "BUFS": ring.bufs,
+        "GROUP": ring.group,
+        "P": p,
+        "STAGES": ring.stages,
+        "PRODUCER_REGS": 72 if gather else 24,
+        "CONSUMER_REGS": 216 if gather else 240,
+    }
     launch_rows((p, 1, 1), args, constants, num_warps=4, maxnreg=168)

@@ -42,7 +42,6 @@ class Ring:
     bufs: int = 2
     group: int = 8
     gather_left: bool = True
-    late: int = 0
     bk: int = 64
     sms: int = 1
 
@@ -54,9 +53,9 @@ class Ring:
 class Launcher:
     """Launches one kernel; finds the compiled variant by a key of its own.
 
-    Triton's lookup costs 40 us a launch on the host, twelve launches a step: more than a small layer's kernels take. The
-    key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte alignment.
-    Integers must be declared do_not_specialize.
+    Triton's own lookup costs the host tens of microseconds, twelve times a step: more than a small layer's kernels
+    take. The key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte
+    alignment. Integers must be declared do_not_specialize.
     """
 
     def __init__(self, kernel):

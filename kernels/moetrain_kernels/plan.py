@@ -204,7 +204,7 @@ def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows:
     e_pow2 = power_of_2(num_experts)
     warps = 4 if e_pow2 <= 128 else 8 if e_pow2 == 256 else 16  # the [slots, E] comparisons stay in registers
     expert_TK = expert_TK.contiguous()
-    sizes = dict(E=num_experts, E_POW2=e_pow2)
+    sizes = {"E": num_experts, "E_POW2": e_pow2}
     launch_histogram(
         (num_blocks, 1, 1),
         (expert_TK, counts_EB, num_slots, num_blocks),
@@ -212,7 +212,7 @@ def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows:
         num_warps=warps,
     )
     args = (counts_EB, total_E, num_blocks)
-    launch_prefix((num_experts, 1, 1), args, dict(BLOCK=min(2048, power_of_2(num_blocks))), num_warps=4)
+    launch_prefix((num_experts, 1, 1), args, {"BLOCK": min(2048, power_of_2(num_blocks))}, num_warps=4)
     programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
     outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_2)
     launch_scatter(

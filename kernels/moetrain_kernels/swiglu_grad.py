@@ -75,6 +75,6 @@ def swiglu_grad(
     dh_R2F = torch.empty_like(h_R2F)
     part_RP = torch.empty(rows, parts, dtype=torch.float32, device=b_RF.device)
     args = (b_RF, h_R2F, dh_R2F, b_RF, gate_TK, plan.slot_R, part_RP, plan.sizes_2, rows)
-    constants = dict(F=num_f, ROWS=block_rows, BLOCK=block, TAIL=TAIL_ROWS)
+    constants = {"F": num_f, "ROWS": block_rows, "BLOCK": block, "TAIL": TAIL_ROWS}
     launch_swiglu_grad((cdiv(rows, block_rows), parts, 1), args, constants, num_warps=elements // 256)
     return dh_R2F, b_RF, part_RP

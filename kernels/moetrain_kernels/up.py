@@ -129,18 +129,18 @@ def up_swiglu(
         plan.tiles_M3,
         plan.sizes_2,
     )
-    constants = dict(
-        D=num_d,
-        F=num_f,
-        K=plan.top_k,
-        BM=tiles.bm,
-        BF=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-    )
+    constants = {
+        "D": num_d,
+        "F": num_f,
+        "K": plan.top_k,
+        "BM": tiles.bm,
+        "BF": tiles.bn,
+        "BK": tiles.bk,
+        "GROUP": tiles.group,
+        "P": p,
+        "SPLIT": tiles.split,
+        "TMA": tiles.tma,
+        "PREC": tiles.precision,
+    }
     launch_up((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return h_R2F, a_RF

@@ -194,21 +194,21 @@ def weight_grad(
         steps_P,
         r_RN.shape[0],
     )
-    constants = dict(
-        E=num_experts,
-        E_POW2=power_of_2(num_experts),
-        M=num_m,
-        N=num_n,
-        K=plan.top_k,
-        FLIP=flip,
-        BM=tiles.bm,
-        BN=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-    )
+    constants = {
+        "E": num_experts,
+        "E_POW2": power_of_2(num_experts),
+        "M": num_m,
+        "N": num_n,
+        "K": plan.top_k,
+        "FLIP": flip,
+        "BM": tiles.bm,
+        "BN": tiles.bn,
+        "BK": tiles.bk,
+        "GROUP": tiles.group,
+        "P": p,
+        "SPLIT": tiles.split,
+        "TMA": tiles.tma,
+        "PREC": tiles.precision,
+    }
     launch_weight_grad((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return out_E

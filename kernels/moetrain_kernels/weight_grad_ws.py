@@ -7,13 +7,20 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from .launch import Launcher, Ring, cdiv
 from .plan import RowPlan
-from .ws import HALF, column_part, make_barriers, multiply, next_stage, next_turn, pass_over, release_gathered, ring_desc, stage_before
+from .ws import (
+    HALF,
+    column_part,
+    make_barriers,
+    multiply,
+    next_stage,
+    next_turn,
+    pass_over,
+    ring_desc,
+)
 
 
 @gluon.jit
-def _locate(
-    turn, spans_E3, M: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr
-):
+def _locate(turn, spans_E3, M: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr):
     """(expert, first row, end row, row tile, column tile) of this program's tile in round `turn`.
 
     Odd rounds run backwards: tiles come longest first, and the program that got the longest of one round should get
@@ -67,7 +74,6 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LATE: gl.constexpr,
 ):
     WIDTH: gl.constexpr = 2 * HALF if GATHER_LEFT else BN  # columns gathered
     X: gl.constexpr = M if GATHER_LEFT else N
@@ -76,7 +82,7 @@ def _produce(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     lane_row = gl.arange(0, BK, layout=gl.SliceLayout(1, LOAD))
     lane_col = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
-    stage, phase, issued = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for turn in range(turns):
         _, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
         x_col = m * (2 * HALF) if GATHER_LEFT else n * BN
@@ -98,17 +104,10 @@ def _produce(
             else:
                 tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, left.index(stage))
                 async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
-            if LATE == 1:
-                async_copy.commit_group()
-                release_gathered(full, stage_before(stage, STAGES), 1, issued > 0)
-                issued += 1
-            else:
-                async_copy.mbarrier_arrive(ready, increment_count=False)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
             row += BK
             slot, slot_after = slot_after, _load_slots(slot_R, row + BK, end, lane_row)
             stage, phase = next_stage(stage, phase, STAGES)
-    if LATE == 1:
-        release_gathered(full, stage_before(stage, STAGES), 0, issued > 0)
 
 
 @gluon.jit
@@ -133,7 +132,6 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LATE: gl.constexpr,
 ):
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PARTS: gl.constexpr = BN // COLS
@@ -146,7 +144,7 @@ def _consume(
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                left, right, full, empty, acc, stage, phase, steps, part, True, False, LATE == 0, STAGES
+                left, right, full, empty, acc, stage, phase, steps, part, True, False, True, STAGES
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
@@ -186,7 +184,6 @@ def weight_grad_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LATE: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -199,7 +196,7 @@ def weight_grad_ws_kernel(
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    full, empty = make_barriers(STAGES, 2 if LATE == 1 else 1 + 128)
+    full, empty = make_barriers(STAGES, 1 + 128)
     left = gl.allocate_shared_memory(dtype, [STAGES, BK, BM], FLAT)
     left_halves = left._reinterpret(dtype, [2 * STAGES, BK, HALF], FLAT)  # columns lie in slabs of 64
     right = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], FLAT)
@@ -208,24 +205,20 @@ def weight_grad_ws_kernel(
     staging = gl.allocate_shared_memory(dtype, SHAPE, FLAT)
     view = staging._reinterpret(dtype, VIEW, out_desc.layout)
     turns = _turns(TILES, P)
+    # fmt: off
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0, M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
-            ),
-            (
-                _consume,
-                (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1, M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LATE),
-            ),
-            (
-                _produce,
-                (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns, M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES, LATE),
-            ),
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_produce, (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns,
+                        M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGS, PRODUCER_REGS],
     )
+    # fmt: on
 
 
 launch_weight_grad = Launcher(weight_grad_ws_kernel)
@@ -234,7 +227,7 @@ launch_weight_grad = Launcher(weight_grad_ws_kernel)
 def weight_grad_ws(
     x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, ring: Ring
 ) -> None:
-    """Fill `out_E` [E, M, N], or [E, N, M] if `flip`, with the sums over an expert's rows of outer(x[token], r[row])."""
+    """Fill `out_E` [E, M, N], or [E, N, M] if `flip`: per expert the sum over its rows of outer(x[token], r[row])."""
     flip_tile = flip == ring.gather_left  # the tile's rows are x's columns if gather_left, else r's
     rows, cols = (x_TM.shape[1], r_RN.shape[1]) if ring.gather_left else (r_RN.shape[1], x_TM.shape[1])
     p = max(1, min(ring.sms, out_E.shape[0] * cdiv(rows, 128) * cdiv(cols, ring.bn)))
@@ -245,22 +238,21 @@ def weight_grad_ws(
         plan.slot_R,
         plan.spans_E3,
     )
-    constants = dict(
-        E=out_E.shape[0],
-        M=rows,
-        N=cols,
-        K=plan.top_k,
-        GATHER_LEFT=ring.gather_left,
-        FLIP=flip_tile,
-        BN=ring.bn,
-        BK=ring.bk,
-        COLS=ring.cols,
-        BUFS=ring.bufs,
-        GROUP=ring.group,
-        P=p,
-        STAGES=ring.stages,
-        LATE=ring.late,
-        PRODUCER_REGS=72 if ring.gather_left else 88,
-        CONSUMER_REGS=216 if ring.gather_left else 208,
-    )
+    constants = {
+        "E": out_E.shape[0],
+        "M": rows,
+        "N": cols,
+        "K": plan.top_k,
+        "GATHER_LEFT": ring.gather_left,
+        "FLIP": flip_tile,
+        "BN": ring.bn,
+        "BK": ring.bk,
+        "COLS": ring.cols,
+        "BUFS": ring.bufs,
+        "GROUP": ring.group,
+        "P": p,
+        "STAGES": ring.stages,
+        "PRODUCER_REGS": 72 if ring.gather_left else 88,
+        "CONSUMER_REGS": 216 if ring.gather_left else 208,
+    }
     launch_weight_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)

@@ -12,7 +12,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -34,13 +33,13 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def stage_before(stage, STAGES: gl.constexpr):
-    """Computed, not carried: Triton 3.6 takes `before = stage` in a loop for a constant (same value when it first looks)."""
+    """Computed, not carried: Triton 3.6 takes a loop's `before = stage` for a constant."""
     return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
-    """(full, empty): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after both consumers."""
+    """(full, empty): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after 2 arrivals."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -88,7 +87,11 @@ def multiply(
     GATHER: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """acc plus `steps` stages of the ring, one product always in flight. Returns acc and the ring's position."""
+    """acc plus `steps` stages of the ring, one product always in flight. Returns acc and the ring's position.
+
+    cp.async writes shared memory as ordinary stores do, wgmma reads it through the asynchronous proxy: with GATHER a
+    fence stands between them.
+    """
     for k in range(steps):
         mbarrier.wait(full.index(stage), phase)
         if GATHER:
@@ -116,18 +119,6 @@ def pass_over(full, empty, stage, phase, steps, STAGES: gl.constexpr):
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
-
-
-@gluon.jit
-def release_gathered(full, stage, pending: gl.constexpr, some):
-    """Report `stage` as gathered, once this thread's copies into it have landed (all but the last `pending` groups).
-
-    cp.async writes shared memory as ordinary stores do, wgmma reads it through the asynchronous proxy: hence the fence,
-    which costs the producer nothing, while in the consumers it delays every product.
-    """
-    async_copy.wait_group(pending)
-    fence_async_shared()
-    mbarrier.arrive(full.index(stage), count=1, pred=some)
 
 
 @gluon.jit
