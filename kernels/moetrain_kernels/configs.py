@@ -40,15 +40,15 @@ class Config:
 
 
 # Hopper, 16-bit, D a multiple of 64, at least about 200 rows per expert: warp-specialised kernels.
-RING = Config(up=Ring(bn=128), down=Ring(), down_grad=Ring(), dx=Ring(), dw_down=Ring(), dw_up=Ring())
+RING = Config(up=Ring(bn=128), down=Ring(), down_grad=Ring(), dx=Ring(), dw_down=Ring(group=4), dw_up=Ring(group=4))
 # The same with few rows per expert: half the row tile wastes fewer rows, the weights are what is read.
 HOPPER_FEW_ROWS = Config(
     up=Tiles(64, 128, 64, warps=8, stages=4),
     down=Tiles(64, 256, 64, warps=4, stages=4, split=4),
     down_grad=Tiles(64, 256, 64, warps=8, stages=4, split=4),
     dx=Tiles(64, 256, 64, warps=4, stages=4, split=4),
-    dw_down=Ring(),
-    dw_up=Ring(),
+    dw_down=Ring(group=4),
+    dw_up=Ring(group=4),
 )
 # Hopper, 16-bit, any other D. One program per multiprocessor owns nearly all its registers.
 HOPPER = Config(
