@@ -58,6 +58,7 @@ class Trainer:
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
         built = build_parallel_model(config, self.meshes, device)
         self.model, self.pipeline, self.loss_names = built.model, built.pipeline, built.loss_names
+        self.experts_choice = built.experts
         self.moe_layers = {
             int(name.split(".")[1]): module
             for name, module in self.model.named_modules()
@@ -184,9 +185,8 @@ class Trainer:
         return self.model(work.token_BS, work.context, work.criterion) / work.share
 
     def _work(self, batch: Batch, totals: Totals, number: int = 0) -> Work:
-        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step)
-        if self.tape:
-            context = replace(context, index_BS=self._index(batch, number))
+        where_BS = self._index(batch, number)
+        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step, where_BS)
         targets = {"target_T": batch.target_BS.flatten(), "mask_T": batch.loss_mask_BS.flatten()}
         criterion = partial(chunked_cross_entropy, **targets, chunk=LOSS_CHUNK, group=self.meshes.vocabulary)
         return Work(batch.token_BS, context, criterion, totals.loss_tokens)
@@ -262,10 +262,12 @@ class Trainer:
     def _describe(self) -> dict[str, Any]:
         parameters = count(self.config.model)
         degrees = {**self.layout.attention, **self.layout.expert}
+        chosen = {"experts": self.experts_choice} if self.experts_choice else {}
         return {
             "model": f"{self.config.model.name}: {parameters.total:,} parameters, {parameters.active:,} active",
             "ranks": f"{self.layout.world} on {self.device.type}",
             "layout": " ".join(f"{axis}={size}" for axis, size in degrees.items() if size > 1) or "one rank",
+            **chosen,
             "run": str(self.run_dir),
             "from": f"step {self.step}",
             "train": " ".join(f"{k}={v}" for k, v in asdict(self.config.train).items()),

@@ -11,7 +11,8 @@ from typing import Any
 
 from moetrain.config.data import check_data
 from moetrain.config.model import check_model
-from moetrain.config.pipeline import check_pipeline
+from moetrain.config.pipeline import V_SCHEDULES, check_pipeline
+from moetrain.config.router import check_router
 from moetrain.config.schema import Config
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
@@ -50,6 +51,7 @@ def validate(config: Config, world: int) -> Layout:
     check_model(config.model)
     _check_cp(config, layout)
     check_pipeline(config, layout)
+    _check_compile(config, layout)
     check_data(config.data)
     if layout.tp > 1:
         _check_tp(config, layout)
@@ -61,6 +63,7 @@ def validate(config: Config, world: int) -> Layout:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
     _check_tape(config)
+    check_router(config)
     return layout
 
 
@@ -113,6 +116,17 @@ def _check_cp(config: Config, layout: Layout) -> None:
         shared = f"tp={layout.tp} x cp={layout.cp}" if layout.tp > 1 else f"cp={layout.cp}"
         reason = f"cannot divide model.attention.n_heads={heads} between {shared}"
         raise _refuse("parallel.cp_method", "ulysses", reason, "allgather")
+
+
+def _check_compile(config: Config, layout: Layout) -> None:
+    if not config.parallel.compile:
+        return
+    if layout.tp > 1:
+        reason = f"with parallel.tp={layout.tp} would compile exchanges between ranks"
+        raise _refuse("parallel.compile", "true", reason, "false")
+    if config.parallel.schedule in V_SCHEDULES:
+        reason = f"with parallel.schedule={config.parallel.schedule}: a compiled backward pass cannot be split"
+        raise _refuse("parallel.compile", "true", reason, "false")
 
 
 def _check_experts(config: Config, layout: Layout) -> None:
