@@ -37,7 +37,8 @@ def generate_text(options: dict[str, str]) -> str:
     if not stored:
         raise ValueError(f"{path} does not say which model it holds (no config in its manifest)")
     config = to_config(OmegaConf.create(stored))
-    config.parallel, config.train.micro_batch = ParallelConfig(), 0
+    config.parallel = ParallelConfig()
+    config.train.global_batch = config.train.micro_batch = 1  # what experts=auto is to be fast for
     device = start_distributed()
     try:
         model = build_parallel_model(config, build_meshes(validate(config, 1), device.type), device).model

@@ -69,6 +69,7 @@ class Trainer:
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
         built = build_parallel_model(config, self.meshes, device)
         self.model, self.pipeline, self.loss_names = built.model, built.pipeline, built.loss_names
+        self.experts_choice = built.experts
         self.moe_layers = {
             int(name.split(".")[1]): module
             for name, module in self.model.named_modules()
@@ -99,7 +100,7 @@ class Trainer:
         """Train from the current step to `train.steps`, or until a signal asks to stop; ends with a checkpoint."""
         train, every = self.config.train, self.config.checkpoint.every
         first = self.step
-        self.log.start(first, describe(self.config, self.layout, self.device.type, first))
+        self.log.start(first, describe(self.config, self.layout, self.device.type, first, self.experts_choice))
         self.log.began(self.beginning.notes, self.beginning.skipped)
         if first < train.steps and first == 0 and train.eval_every:
             self.log.row({"step": 0, "val_loss": self.evaluate()})
@@ -107,12 +108,12 @@ class Trainer:
         self.throughput.start()
         self.saver.newest = first if self.store.steps() else -1
         grace_s = self.config.checkpoint.grace_s
-        row: dict[str, Any] | None = None
+        row: dict[str, Any] = {}
         with self.watchdog, StopRequest(lambda name: self.watchdog.end_within(grace_s, name)) as stop:
             while self.step < train.steps:
                 self.watchdog.beat(f"step {self.step + 1}")
                 row, stopping = self.train_step(bool(stop))
-                if row is None:  # rolled back
+                if not row:  # rolled back
                     continue
                 last = stopping or self.step == train.steps
                 with self.throughput.excluded():
@@ -130,8 +131,8 @@ class Trainer:
             self._finish_saves(row)
         self.log.finish()
 
-    def train_step(self, stop: bool = False) -> tuple[dict[str, Any] | None, bool]:
-        """One optimizer step. Returns its metrics row (None: rolled back) and whether any rank was asked to stop."""
+    def train_step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
+        """One optimizer step. Returns its metrics row (empty: rolled back) and whether any rank was asked to stop."""
         seed_step(self.config.run.seed, self.step)
         batches = [self._mine(batch) for batch in self.loader.next_step()]
         totals = self._totals(batches)
@@ -150,7 +151,7 @@ class Trainer:
         wrong = self.guard.judge(sums.ce_loss, sums.loss, norm)
         if wrong:
             if self._bad_step(wrong, sample_ids) == "rollback":
-                return None, False
+                return {}, False
         else:
             clip_(self.parameters, self.config.train.max_grad_norm, norm)
             self.saver.before_update()
@@ -199,12 +200,12 @@ class Trainer:
         for outcome in self.saver.finished():
             self.log.note(str(outcome))
 
-    def _finish_saves(self, row: dict[str, Any] | None) -> None:
+    def _finish_saves(self, row: dict[str, Any]) -> None:
         """A run ends with a checkpoint of its last step; a save that failed is tried once more."""
         self.watchdog.beat("the last checkpoint")
         if self.saver.wait() != self.step:
             self._tell_saves()
-            self.save((row or {}).get("val_loss"))
+            self.save(row.get("val_loss"))
             self.saver.wait()
         self._tell_saves()
         if self.saver.newest != self.step:
@@ -255,9 +256,8 @@ class Trainer:
         return self.model(work.token_BS, work.context, work.criterion) / work.share
 
     def _work(self, batch: Batch, totals: Totals, number: int = 0) -> Work:
-        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step)
-        if self.tape:
-            context = replace(context, index_BS=self._index(batch, number))
+        where_BS = self._index(batch, number)
+        context = TokenContext(batch.token_BS, batch.position_BS, batch.document_BS, totals, self.step, where_BS)
         targets = {"target_T": batch.target_BS.flatten(), "mask_T": batch.loss_mask_BS.flatten()}
         criterion = partial(chunked_cross_entropy, **targets, chunk=LOSS_CHUNK, group=self.meshes.vocabulary)
         return Work(batch.token_BS, context, criterion, totals.loss_tokens)

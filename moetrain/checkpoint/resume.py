@@ -15,7 +15,7 @@ from moetrain.checkpoint.use import load_weights, resolve
 
 @dataclass
 class Beginning:
-    """state: the restored trainer_state, None for step 0. notes: to be told. skipped: damaged steps and their faults."""
+    """state: the restored trainer_state, None for step 0. notes: to be told. skipped: damaged steps and why."""
 
     state: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)

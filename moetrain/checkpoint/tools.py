@@ -35,7 +35,7 @@ def run(arguments: list[str], say: Callable[[str], None] = print) -> int:
     verb, words = (arguments[0], arguments[1:]) if arguments else ("", [])
     usage = "; ".join(f"moetrain checkpoint {line}" for line in USAGE.values())
     if verb not in USAGE:
-        raise ValueError(f"no such tool {verb!r}: {usage}")
+        raise ValueError(f"no such tool {verb!r}: {usage}" if verb else f"usage: {usage}")
     paths = [Path(word) for word in words if "=" not in word]
     options = dict(word.split("=", 1) for word in words if "=" in word)
     if len(paths) != (2 if verb in ("diff", "safetensors") else 1) or (options and verb != "prune"):
@@ -76,7 +76,8 @@ def _row(step: Path, lines: list[str]) -> tuple[str, ...]:
     size = sum(entry["size"] for entry in held["files"].values())
     loss = val_loss(step)
     degrees = {axis: n for axis, n in held["layout"].items() if axis != "world" and n != 1}
-    layout = " ".join([f"{held['layout'].get('world', 1)} ranks", *(f"{axis}={n}" for axis, n in degrees.items())])
+    world = held["layout"].get("world", 1)
+    layout = " ".join([f"{world} rank{'s' * (world != 1)}", *(f"{axis}={n}" for axis, n in degrees.items())])
     return step.name, written, _bytes(size), "" if loss is None else f"{loss:.4f}", layout, "complete"
 
 

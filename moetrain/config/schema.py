@@ -67,6 +67,8 @@ class ParallelConfig:
     divide by cp).
     recompute: activations kept for the backward pass: none recomputes nothing, full keeps each layer's input only,
     selective recomputes attention and the experts' inside. Routing is never decided again.
+    compile: torch.compile attention's projections, dense MLP, and shared experts of each block; not with tp, zbv,
+    dualpipev.
     reshard_after_forward: false keeps FSDP's gathered parameters until the backward pass. Null: true without, false
     with a pipeline, whose micro-batches would each gather them again.
     schedule: 1f1b | interleaved | zbv | dualpipev, of the pipeline; its micro-batches are the micro-steps.
@@ -82,6 +84,7 @@ class ParallelConfig:
     dp_replicate: int = 1
     cp_method: str = "allgather"
     recompute: str = "none"
+    compile: bool = False
     schedule: str = "1f1b"
     pp_layers: list[int] | None = None
     reshard_after_forward: bool | None = None

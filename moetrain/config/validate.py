@@ -11,7 +11,8 @@ from typing import Any
 
 from moetrain.config.data import check_data
 from moetrain.config.model import check_model
-from moetrain.config.pipeline import check_pipeline
+from moetrain.config.pipeline import V_SCHEDULES, check_pipeline
+from moetrain.config.router import check_router
 from moetrain.config.schema import Config
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
@@ -57,6 +58,7 @@ def validate(config: Config, world: int) -> Layout:
     check_model(config.model)
     _check_cp(config, layout)
     check_pipeline(config, layout)
+    _check_compile(config, layout)
     check_data(config.data)
     if layout.tp > 1:
         _check_tp(config, layout)
@@ -70,6 +72,7 @@ def validate(config: Config, world: int) -> Layout:
     _check_retention(config)
     _check_tape(config)
     _check_bad_steps(config)
+    check_router(config)
     return layout
 
 
@@ -124,6 +127,17 @@ def _check_cp(config: Config, layout: Layout) -> None:
         raise _refuse("parallel.cp_method", "ulysses", reason, "allgather")
 
 
+def _check_compile(config: Config, layout: Layout) -> None:
+    if not config.parallel.compile:
+        return
+    if layout.tp > 1:
+        reason = f"with parallel.tp={layout.tp} would compile exchanges between ranks"
+        raise _refuse("parallel.compile", "true", reason, "false")
+    if config.parallel.schedule in V_SCHEDULES:
+        reason = f"with parallel.schedule={config.parallel.schedule}: a compiled backward pass cannot be split"
+        raise _refuse("parallel.compile", "true", reason, "false")
+
+
 def _check_experts(config: Config, layout: Layout) -> None:
     moe = config.model.moe
     if moe.n_experts % layout.ep:
@@ -148,7 +162,8 @@ def _check_init(config: Config) -> None:
         raise ValueError(f"init.{unknown[0]}: no such key; did you mean 'init.{close[0]}'?")
     allow = config.init.get("allow", [])
     if not isinstance(allow, list) or not all(isinstance(name, str) and name for name in allow):
-        raise _refuse("init.allow", repr(allow), "is not a list of names or patterns", "[]")
+        nearest = [allow] if isinstance(allow, str) and allow else []
+        raise _refuse("init.allow", repr(allow), "is not a list of names or patterns", nearest)
 
 
 def _check_retention(config: Config) -> None:

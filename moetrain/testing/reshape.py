@@ -28,7 +28,7 @@ from moetrain.checkpoint.tensors import model_tensors, optimizer_tensors
 from moetrain.mesh.layout import make_layout
 from moetrain.testing.ranks import RankFailure, run_ranks
 from moetrain.testing.small import SMALL_MODEL, write_documents
-from moetrain.testing.trajectory import Step, compare, join_stages, open_trainer, record_steps, whole
+from moetrain.testing.trajectory import Step, compare, open_trainer, record_steps, wholes
 from moetrain.trainer import Trainer
 
 BAR, SAVED_AT, MORE = 1e-9, 2, 3
@@ -130,10 +130,8 @@ class Continued:
 def state_of(trainer: Trainer) -> State:
     """Gathered from all ranks. Collective."""
     model, optim = model_tensors(trainer.model), optimizer_tensors(trainer.model, trainer.optimizer)
-    tensors = {f"model/{name}": whole(t) for name, t in model.items()}
-    tensors |= {f"optim/{name}": whole(t) for name, t in optim.items()}
-    join_stages(tensors, trainer)
-    return State(tensors, trainer.loader.state_dict())
+    tensors = {f"model/{name}": t for name, t in model.items()} | {f"optim/{name}": t for name, t in optim.items()}
+    return State(wholes(tensors), trainer.loader.state_dict())
 
 
 def save(options: list[str]) -> State | None:

@@ -178,7 +178,7 @@ def test_safetensors_are_the_weights_and_nothing_else(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no such tool"),
+        ([], "usage: moetrain checkpoint ls RUN; moetrain checkpoint verify"),
         (["list", "x"], "no such tool 'list'"),
         (["ls"], "usage: moetrain checkpoint ls RUN"),
         (["diff", "x"], "usage: moetrain checkpoint diff CKPT CKPT"),
