@@ -68,11 +68,12 @@ def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Te
         assert not missing, f"{missing} have no gradient"
         seen.update({name: _here(parameter.grad) for name, parameter in parameters.items()})
 
-    trainer.optimizer.register_step_pre_hook(capture)
+    handle = trainer.optimizer.register_step_pre_hook(capture)
     rows, held = [], []
     for _ in range(steps):
         rows.append(trainer.train_step()[0])
         held.append(dict(seen))
+    handle.remove()
     held.append({name: _here(parameter) for name, parameter in parameters.items()})
     *gradients, weights = _assemble(_places(parameters), held)
     return [Step(row, gradient) for row, gradient in zip(rows, gradients)], weights
