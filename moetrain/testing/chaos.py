@@ -201,7 +201,7 @@ class Chaos:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        log, pids = self._log(name), []
+        log, pids, overrides = self._log(name), [], self._overrides(run_dir)
         for rank in range(WORLD):
             pid = os.fork()
             if pid == 0:
@@ -212,7 +212,7 @@ class Chaos:
                         os.dup2(file.fileno(), 2)
                     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
                     os.environ.update(place, **{key: str(value) for key, value in ranks.items()})
-                    code = cli.main(["train", *self._overrides(run_dir)])
+                    code = cli.main(["train", *overrides])
                     sys.stdout.flush()
                 finally:
                     os._exit(code)
