@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 def _convert(source: str, out: str, name: str) -> str:
     options = {"by": "clustering"} if name == "split" else {}
-    return str(convert(source, out, build_initializer(name, options, 4, 2, 1 if name == "drop" else 2))[0])
+    return str(convert(source, out, build_initializer(name, options, 4, 2, 1 if name == "drop" else 2)).path)
 
 
 def _import(source: str, out: str) -> str:

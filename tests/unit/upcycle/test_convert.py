@@ -12,8 +12,9 @@ from moetrain.checkpoint.hf.save import export_hf, stored_config
 from moetrain.checkpoint.lazy import stored
 from moetrain.checkpoint.store import resolve
 from moetrain.cli import main
+from moetrain.upcycle.base import Model
 from moetrain.upcycle.command import upcycle
-from moetrain.upcycle.convert import build_initializer, convert, open_source
+from moetrain.upcycle.convert import build_initializer, convert
 from moetrain.upcycle.report import parity
 
 pytestmark = pytest.mark.unit
@@ -36,8 +37,9 @@ def source(tmp_path_factory):
 
 def _parity(source, out, name, dtype=torch.float64, granularity=1, **options):
     initializer = build_initializer(name, options, 4, 2, granularity)
-    path, dense, moe = convert(source, out, initializer)
-    return parity((dense, open_source(source)[1]), (moe, stored(path / "model")), TOKENS_BS, dtype)
+    made = convert(source, out, initializer)
+    (measured,) = parity(made.sources, Model(made.config, stored(made.path / "model")), TOKENS_BS, dtype)
+    return measured
 
 
 @pytest.mark.parametrize(("name", "granularity"), [("copy", 1), ("virtual_group", 3)])
