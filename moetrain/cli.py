@@ -41,6 +41,18 @@ def train(overrides: list[str]) -> None:
     train(overrides)
 
 
+def profile(overrides: list[str]) -> None:
+    """trace a few training steps and say where the time goes: moetrain profile experiment=quickstart [out=profile]"""
+    from pathlib import Path
+
+    from moetrain.profile import profile
+
+    out = next((o.removeprefix("out=") for o in overrides if o.startswith("out=")), "profile")
+    table = profile([o for o in overrides if not o.startswith("out=")], Path(out))
+    if is_rank0():
+        print(table)
+
+
 def mesh(overrides: list[str]) -> None:
     """print both rank tables of a layout: moetrain mesh world=16 parallel.tp=2 parallel.ep=8 [format=json]"""
     from moetrain.mesh.layout import format_tables, make_layout, rank_tables
@@ -178,6 +190,7 @@ def _integer(key: str, value: str) -> int:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "profile": profile,
     "mesh": mesh,
     "params": params,
     "doctor": doctor,
