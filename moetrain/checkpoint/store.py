@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, on_rank0, rank_and_world
 from moetrain.checkpoint.lazy import LazyTensor, write_lazy
-from moetrain.checkpoint.tensors import mismatches, model_tensors, optimizer_tensors, read_tensors, write_tensors
+from moetrain.checkpoint.tensors import (
+    mismatches,
+    model_tensors,
+    optimizer_tensors,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 
 FOLDER = "checkpoints"
 _HIDDEN = re.compile(r"\.(step_\d{8,})\.(tmp|old)-[0-9a-f]+")
@@ -182,10 +189,14 @@ class CheckpointStore:
 
 
 def load_weights(path: str | os.PathLike, model: nn.Module) -> None:
-    """Overwrite the model's weights from a step directory, casting to its dtypes; ValueError as in `load`."""
+    """Overwrite the model's weights from a step directory, casting to its dtypes; ValueError as in `load`.
+
+    The state of balance plugins that the checkpoint lacks keeps its first values: a run may add one.
+    """
     path = Path(path)
     _verify_together(path, ("model/",))
-    tensors = model_tensors(model)
+    known = read_metadata(path / "model").state_dict_metadata
+    tensors = {name: t for name, t in model_tensors(model).items() if name in known or ".balance." not in name}
     _refuse(path, _mismatches_anywhere(path, {"model": tensors}, same_dtype=False))
     read_tensors(path / "model", tensors)
 

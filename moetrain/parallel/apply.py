@@ -54,7 +54,8 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
         blocks = list(part.layers.values())
         apply_fsdp(part, blocks, meshes, config.train.precision, reshard)  # 7. which part of each parameter is here
         materialise(part, device, MASTER_DTYPE[config.train.precision])  # 8. storage for that part
-    initialise(model, config.run.seed, config.model.init_std)  # 9. the same values under every layout
+    if not config.init.get("from"):
+        initialise(model, config.run.seed, config.model.init_std)  # 9. the same values under every layout
     pipeline = Pipeline(config, meshes, stages, width, device) if piped else None
     return ParallelModel(model, pipeline, names)
 

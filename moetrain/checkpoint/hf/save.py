@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from moetrain.checkpoint import manifest
 from moetrain.checkpoint.hf.families import Family, Flat
 from moetrain.checkpoint.hf.files import FOLDER, SHARD_BYTES, copy_side_files, read_config, write_shards
 from moetrain.checkpoint.hf.match import written_names
@@ -19,7 +17,7 @@ from moetrain.checkpoint.hf.rules import BIAS, Rule, rules
 from moetrain.checkpoint.hf.translate import choose, write
 from moetrain.checkpoint.lazy import LazyTensor, stored
 from moetrain.checkpoint.store import resolve
-from moetrain.config.compose import to_config
+from moetrain.checkpoint.stored import stored_config
 from moetrain.config.schema import Config
 
 # Kept whatever the family becomes. Without a tokenizer's own, better none than the family's default.
@@ -62,14 +60,6 @@ def export_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int = SHARD_
     text = json.dumps(config_json(family, config, base, dtype), indent=2, sort_keys=True)
     (out / "config.json").write_text(text + "\n")  # last: a directory with a config.json is complete
     return family
-
-
-def stored_config(path: Path) -> Config:
-    """The configuration of a step directory. Raises ValueError when its manifest has none."""
-    config = manifest.read(path).get("config")
-    if not config:
-        raise ValueError(f"{path} does not say which model it holds (no config in its manifest)")
-    return to_config(OmegaConf.create(config))
 
 
 def config_json(family: Family, config: Config, base: Flat, dtype: str) -> Flat:

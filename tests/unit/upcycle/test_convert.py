@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moetrain.checkpoint.hf.save import export_hf, stored_config
+from moetrain.checkpoint.hf.save import export_hf
 from moetrain.checkpoint.lazy import stored
 from moetrain.checkpoint.store import resolve
+from moetrain.checkpoint.stored import stored_config
 from moetrain.cli import main
 from moetrain.upcycle.base import Model
 from moetrain.upcycle.command import upcycle
@@ -19,7 +20,6 @@ from moetrain.upcycle.report import parity
 
 pytestmark = pytest.mark.unit
 TOKENS_BS = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(1))
-MODEL = {"d_model": 32, "n_layers": 2, "d_ff": 48, "vocab_size": 264, "attention.n_heads": 4, "attention.head_dim": 8}
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +97,15 @@ def test_training_starts_from_the_result(source, tmp_path):
     assert main(["upcycle", "upcycle=drop", "upcycle.ratio=0.25", *arguments]) == 0
     config = stored_config(resolve(tmp_path / "moe"))
     assert config.model.moe.n_experts == 4
-    sizes = [f"model.{key}={value}" for key, value in MODEL.items()]
-    experts = ["model.attention.n_kv_heads=4", "model.norm_eps=1e-6", "model.moe.n_experts=4", "model.moe.d_expert=48"]
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
     data = ["data=text", f"data.sources.text.path={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"]
     steps = ["train.steps=1", "train.global_batch=2", "train.seq_len=32", "tracker=none", f"run.dir={tmp_path / 'run'}"]
-    assert main(["train", f"init.from={tmp_path / 'moe'}", *sizes, *experts, *data, *steps]) == 0
+    start = ["train", f"init.from={tmp_path / 'moe'}", *data, *steps]
+    assert main([*start, "model.d_model=64"]) == 2
+    assert main([*start, "balance=[switch,bias]"]) == 0  # a plugin with state that the checkpoint lacks
+    trained = stored_config(resolve(tmp_path / "run"))
+    assert trained.model.moe == config.model.moe
+    assert main(["generate", f"checkpoint={tmp_path / 'run'}", "prompt=the", "max_tokens=2"]) == 0
 
 
 @pytest.mark.parametrize(
