@@ -14,6 +14,7 @@ from moetrain.config.plugins import router_options
 from moetrain.config.schema import Config
 
 _MODEL, _ROUTER = "model.", "router."
+_TRAINING_ONLY = ("warmup_steps", "tied")  # a router's options that change nothing once it is trained
 
 
 def family_of(theirs: Flat) -> Family:
@@ -116,7 +117,9 @@ def flatten(config: Config) -> Flat:
     walk(asdict(config.model), _MODEL)
     if config.model.moe.n_experts:
         router = router_options(config.router)
-        flat["router.kind"] = str(router.pop("_target_")).rpartition(".")[2]
+        flat["router.kind"] = str(router.pop("_target_")).rpartition(".")[2].removeprefix("Warmup")
+        for key in _TRAINING_ONLY:
+            router.pop(key, None)
         if router.pop("order", "pre") == "post":
             router["renormalize"] = True
         walk(router, _ROUTER)
