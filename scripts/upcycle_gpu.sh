@@ -2,7 +2,8 @@
 # A dense model of the 1B class (Llama-3.2-1B's shape, random weights) becomes 8 experts, then 64 fine-grained ones, each
 # trained for 50 steps on one GPU of 140 GB. Usage: scripts/upcycle_gpu.sh OUT_DIR [WORK_DIR]
 # WORK_DIR takes 17 GB, /dev/shm if that has room: conversion should not wait for a disk. Installs nothing: the
-# environment must have the project's dependencies, or PYTHONPATH=.:kernels. LAYERS and STEPS make it smaller.
+# environment must have the project's dependencies, or PYTHONPATH=.:kernels. LAYERS and STEPS make it smaller, ONLY=copy
+# or ONLY=virtual_group does one of the two.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="$1"
@@ -29,6 +30,6 @@ one() { # initializer experts top_k granularity
   python3 -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")'
   df -h "$work" | tail -1
   python3 -m "$tool" dense "$work/dense" ${LAYERS:+"$LAYERS"}
-  one virtual_group 8 2 8
-  one copy 8 2 1
+  [[ "${ONLY:-}" == copy ]] || one virtual_group 8 2 8
+  [[ "${ONLY:-}" == virtual_group ]] || one copy 8 2 1
 } 2>&1 | tee "$out/upcycle.txt"

@@ -59,14 +59,15 @@ def write_dense(out: Path, n_layers: int) -> str:
     table, wanted = rules("llama", config.model), expected(config)
     names = {ours: written_names(table, ours, empty.shape)[1][0] for ours, empty in wanted.items()}
 
-    def produce() -> Iterator[tuple[str, Tensor]]:
+    def produce(theirs: list[str]) -> Iterator[tuple[str, Tensor]]:
         random = torch.Generator().manual_seed(0)
         for ours, empty in wanted.items():
-            value = torch.ones(empty.shape) if "norm" in ours else torch.randn(empty.shape, generator=random) * 0.02
-            yield names[ours], value.bfloat16()
+            if names[ours] in theirs:
+                value = torch.ones(empty.shape) if "norm" in ours else torch.randn(empty.shape, generator=random) * 0.02
+                yield names[ours], value.bfloat16()
 
     out.mkdir(parents=True)
-    write_shards(out, {names[ours]: 2 * empty.numel() for ours, empty in wanted.items()}, produce())
+    write_shards(out, {names[ours]: 2 * empty.numel() for ours, empty in wanted.items()}, produce)
     (out / "config.json").write_text(json.dumps(theirs))
     return f"dense       {count(config.model).total:,} parameters in bf16"
 

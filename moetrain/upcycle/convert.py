@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -86,9 +85,14 @@ def upcycled_tensors(dense: Model, moe: Config, initializer: Upcycle, seed: int)
     shapes = {name: tensor.shape for name, tensor in expected(moe).items()}
     weights = {name: tensor for name, tensor in dense.weights.items() if ".mlp." not in name}
 
-    @functools.lru_cache(maxsize=1)  # a layer's two tensors are written one after the other, and made together
+    held: dict[int, ExpertWeights] = {}
+
     def experts(layer: int) -> ExpertWeights:
-        return initializer.make(_ffn(dense.weights, layer), layer, range(initializer.n_experts), seed)
+        """Made once for a layer's two tensors, which are written one after the other; let go before the next."""
+        if layer not in held:
+            held.clear()
+            held[layer] = initializer.make(_ffn(dense.weights, layer), layer, range(initializer.n_experts), seed)
+        return held[layer]
 
     for layer in range(dense.config.model.n_layers):
         made = _layer(dense.weights, initializer, layer, seed, experts)

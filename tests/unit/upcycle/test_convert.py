@@ -16,7 +16,7 @@ from moetrain.cli import main
 from moetrain.upcycle.base import Model
 from moetrain.upcycle.command import upcycle
 from moetrain.upcycle.convert import build_initializer, convert
-from moetrain.upcycle.report import parity
+from moetrain.upcycle.report import logits, parity
 
 pytestmark = pytest.mark.unit
 TOKENS_BS = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -76,6 +76,39 @@ def test_result_opens_in_transformers(source, tmp_path):
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
     assert (moe.config.eos_token_id, moe.config.max_position_embeddings) == (256, 512)
     assert (moe.config.num_local_experts, moe.config.num_experts_per_tok) == (12, 6)
+
+
+@pytest.mark.parametrize(
+    ("family", "initializer", "options", "becomes"),
+    [
+        ("qwen2", "virtual_group", {}, "qwen2_moe"),  # its biases fit no family without shared experts: silent ones
+        ("qwen3", "virtual_group", {}, "qwen3_moe"),
+        ("mistral", "efficient_scale", {}, "mixtral"),
+        ("qwen2", "split", {"shared_experts": "4", "shared_gate": "true"}, "qwen2_moe"),
+    ],
+)
+def test_children_of_every_dense_family_open_in_transformers(family, initializer, options, becomes, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 264}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    theirs = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **sizes, **heads, sliding_window=None, bos_token_id=None, eos_token_id=256)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter += 0.1 * torch.randn_like(parameter) if "bias" in name else 0.0
+    theirs.save_pretrained(tmp_path / "dense")
+    made = convert(tmp_path / "dense", tmp_path / "run", build_initializer(initializer, options, 4, 2, 2))
+    assert export_hf(tmp_path / "run", tmp_path / "hf").name == becomes
+    moe, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    want = logits(Model(made.config, stored(made.path / "model")), TOKENS_BS, torch.float32)
+    with torch.no_grad():
+        got = moe.eval()(TOKENS_BS).logits
+        exact = theirs.eval()(TOKENS_BS).logits
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    if initializer != "split":
+        assert (got - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_report_counts_by_hand(source, tmp_path):
