@@ -15,7 +15,7 @@ from moetrain.testing.ranks import run_ranks
 from moetrain.upcycle.convert import build_initializer, convert
 
 pytestmark = pytest.mark.distributed
-D, WIDTH, LAYERS, EXPERTS = 256, 1024, 12, 8
+D, WIDTH, LAYERS, EXPERTS = 256, 1024, 16, 8
 LAYER = 4 * 3 * D * WIDTH * EXPERTS  # bytes of one layer's experts, fp32: 25 MB
 
 
@@ -63,4 +63,5 @@ def test_peak_is_near_one_layer(source, tmp_path):
     # A layer's experts, what the writer still holds of the layer before, one expert being made.
     assert 0.5 * LAYER < peak < 3 * LAYER < whole / 3
     peak = run_ranks(_export, 1, tmp_path / "run", tmp_path / "back")[0]
-    assert 0.5 * LAYER < peak < 4 * LAYER <= whole / 3  # a shard twice, and a layer whole and in parts
+    # A shard twice; a tensor as read from its file, as loaded, and in parts.
+    assert 0.5 * LAYER < peak < 6 * LAYER < whole / 2

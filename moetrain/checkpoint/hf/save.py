@@ -32,8 +32,9 @@ def export_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int = SHARD_
     """Write a checkpoint of any layout to the new directory `out`; return the family it became. All ranks call it.
 
     The family is that of the imported model's config.json, if there is one and it fits; else the first that can hold
-    the model. Weights keep their dtype; the ranks share the shards out, and at its peak each holds a shard
-    twice (as tensors and as the bytes to write) and a layer's experts. stacked: a layer's experts as one tensor, the way transformers 5 holds them, instead of one by one.
+    the model. Weights keep their dtype. The ranks share the shards out; at its peak each holds a shard twice (as
+    tensors and as bytes to write) and a layer's experts a few times over, however many layers there are.
+    stacked: a layer's experts as one tensor, the way transformers 5 holds them, instead of one by one.
     Raises ValueError when no family can hold the model or a tensor has no place in it, and when `out` is not empty.
     """
     path, out = resolve(checkpoint), Path(out)
