@@ -26,6 +26,7 @@ from moetrain.moe.types import TokenContext
 T = TypeVar("T")
 Gather = Callable[[Tensor], Tensor]
 BLOCK = 128  # FlexAttention's tile edge
+HALF = (torch.bfloat16, torch.float16)
 Mask = Tensor | BlockMask | None
 
 
@@ -146,15 +147,19 @@ def masked_attention(q_BHQd: Tensor, k_BGSd: Tensor, v_BGSe: Tensor, mask: Mask,
     groups = q_BHQd.shape[1] // k_BGSd.shape[1]
     if isinstance(mask, BlockMask):
         return _flex()(q_BHQd, k_BGSd, v_BGSe, block_mask=mask, scale=scale, enable_gqa=groups > 1)
-    if groups > 1:
-        # Repeating costs a copy of k and v; SDPA's enable_gqa would leave only its slow kernel once there is a mask.
+    # Of SDPA's fast kernels only flash attention shares k and v between heads, and it takes no mask. For the others
+    # they are repeated: that costs a copy, the kernel that would be left without it all S x S scores.
+    shared = mask is None and groups > 1 and q_BHQd.is_cuda and q_BHQd.dtype in HALF
+    if groups > 1 and not shared:
         k_BGSd, v_BGSe = k_BGSd.repeat_interleave(groups, dim=1), v_BGSe.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q_BHQd, k_BGSd, v_BGSe, attn_mask=mask, is_causal=mask is None, scale=scale)
+    causal = mask is None
+    return F.scaled_dot_product_attention(
+        q_BHQd, k_BGSd, v_BGSe, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
+    )
 
 
 def _flex_can(document_BS: Tensor, dtype: torch.dtype) -> bool:
-    half = dtype in (torch.bfloat16, torch.float16)
-    return document_BS.is_cuda and half and document_BS.shape[1] % BLOCK == 0
+    return document_BS.is_cuda and dtype in HALF and document_BS.shape[1] % BLOCK == 0
 
 
 @functools.cache

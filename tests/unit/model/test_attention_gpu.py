@@ -24,9 +24,9 @@ def packed(rows: int, length: int, seed: int) -> TokenContext:
     return TokenContext(position_BS.cuda(), position_BS.cuda(), document_BS.cuda(), Totals(n, n, rows, 1))
 
 
-def run(dtype, context, config, inputs, grad_BHSe):
+def run(dtype, context, config, inputs, grad_BHSe, documents=True):
     q, k, v = (t.to(dtype, copy=True).requires_grad_() for t in inputs)
-    shared = share(context, config, dtype, documents=True)
+    shared = share(context, config, dtype, documents=documents)
     y = attend(q, k, v, shared, config.qk_dim**-0.5)
     y.backward(grad_BHSe.to(dtype))
     return shared.mask, (y.detach(), q.grad, k.grad, v.grad)
@@ -57,3 +57,21 @@ def test_packed_bf16_equals_masked_fp64(config, length):
         for ours, exact in zip(actual, expected):
             # Probabilities, outputs and gradients are each rounded to 2^-9: together below 1% of the whole.
             assert (ours.double() - exact).norm() / exact.norm() < 1e-2
+
+
+def test_whole_causal_rows_share_keys_between_heads_without_holding_all_scores():
+    config, length = AttentionConfig(n_heads=16, n_kv_heads=4, head_dim=64), 2048
+    context = packed(2, length, 0)
+    torch.manual_seed(0)
+    heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+    inputs = [torch.randn(2, n, length, 64, device="cuda").bfloat16() for n in heads]
+    grad_BHSe = torch.randn(2, config.n_heads, length, 64, device="cuda").bfloat16()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mask, actual = run(torch.bfloat16, context, config, inputs, grad_BHSe, documents=False)
+    scores = 2 * config.n_heads * length * length * 2  # bytes of one matrix of scores in bf16
+    assert mask is None
+    assert torch.cuda.max_memory_allocated() - before < scores
+    _, expected = run(torch.float64, context, config, inputs, grad_BHSe, documents=False)
+    for ours, exact in zip(actual, expected):
+        assert (ours.double() - exact).norm() / exact.norm() < 1e-2  # roundings as above
