@@ -54,7 +54,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
+        options = {"granularity": self.granularity, **self.options} if self.granularity > 1 else self.options
+        return " ".join([self.name, *(f"{key}={value}" for key, value in options.items())])
 
     @property
     def gates(self) -> str:
@@ -188,6 +189,7 @@ def row(case: Case, sources: list[Model], batches: list[Batch], dense: float) ->
     holds = not case.exact or abs(difference) < BAR
     note = "exact" if case.exact else "not exact"
     if not initializer.normalized:
+        note = "exact for a uniform router only"
         factor = measured.gates * initializer.n_experts / initializer.n_chosen
         note += f"; layer output x {expected_factor(initializer, measured.x_squared):.3f} expected, {factor:.3f} found"
     if not holds:
