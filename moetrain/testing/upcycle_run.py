@@ -26,7 +26,8 @@ from moetrain.train import complete
 from moetrain.trainer import Trainer
 from moetrain.upcycle.convert import build_initializer, convert
 
-LR = 0.003
+LR = 0.002
+FIRM = (("router_std", "0.15"),)  # tokens keep their experts while hidden states move, so experts come to differ sooner
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class Way:
     options: tuple[tuple[str, str], ...] = ()
 
 
-WAYS = (Way("copy", 8, 2, 1), Way("virtual_group", 8, 2, 4), Way("drop", 8, 2, 1, (("ratio", "0.1"),)))
+WAYS = (
+    Way("copy", 4, 2, 1, FIRM),
+    Way("virtual_group", 4, 2, 4, FIRM),
+    Way("drop", 4, 2, 1, (*FIRM, ("ratio", "0.25"))),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Plan:
     """Steps of the parent, and of everyone afterwards; sizes of a step."""
 
     parent_steps: int = 160
-    steps: int = 120
+    steps: int = 60
     seq_len: int = 256
     ranks: int = 2
 
