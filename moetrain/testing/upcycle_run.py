@@ -61,12 +61,12 @@ class Plan:
 def train(overrides: list[str]) -> float:
     """One training run on the ranks that are there; returns its last held-out loss."""
     config = complete(load_config(overrides), overrides)
-    trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"))
+        try:
             trainer.fit()
-    finally:
-        trainer.close()
+        finally:
+            trainer.close()
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     return next(row["val_loss"] for row in reversed(rows) if "val_loss" in row)
 

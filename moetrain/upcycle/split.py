@@ -56,6 +56,7 @@ class Split(Upcycle):
 
     def prepare(self, sources: list[Model]) -> Model:
         dense = super().prepare(sources)
+        self.d_expert(dense.config.model.d_ff)  # refuse before measuring
         if self.by != "importance" and not self.shared_experts:
             return dense
         measured_LF = on_rank0(lambda: importance(dense, real_tokens(dense.config)))

@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moetrain.checkpoint.hf.translate import choose as choose_family
+from moetrain.config.compose import load_config
+from moetrain.config.plugins import check_plugins
 from moetrain.moe.router.softmax import SoftmaxTopK
 from moetrain.moe.router.warmup import WarmupSoftmaxTopK, token_noise
 from moetrain.testing.fake import fake_context
@@ -99,6 +102,12 @@ def test_the_router_learns_from_its_own_share():
         norms.append(float(router.weight.grad.norm()))
     assert norms[0] == 0
     assert norms[1] > 0
+
+
+def test_it_is_a_choice_of_the_configuration_and_leaves_nothing_in_an_export():
+    config = load_config(["router=softmax_warmup", "optim=adamw_restarts"])
+    check_plugins(config)
+    assert choose_family(config).name == choose_family(load_config([])).name == "mixtral"
 
 
 @pytest.mark.parametrize(
