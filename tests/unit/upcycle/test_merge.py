@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moetrain.testing.dense import random_dense
-from moetrain.upcycle.base import Model
 from moetrain.upcycle.command import upcycle
 from moetrain.upcycle.convert import upcycled_config, upcycled_tensors
 from moetrain.upcycle.copy import Copy
@@ -66,8 +65,3 @@ def test_the_sources_of_the_command(tmp_path):
     options = {"upcycle": "merge", "experts": "4", "top_k": "2", "out": str(tmp_path / "out")}
     with pytest.raises(ValueError, match="nowhere is not a directory"):
         upcycle({**options, "source": f"[{tmp_path / 'nowhere'},{tmp_path / 'there'}]"})
-
-
-def test_one_model_is_read_whole_by_name():
-    model = random_dense()
-    assert isinstance(Merge(2, 2).prepare([model]), Model)
