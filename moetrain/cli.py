@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"moetrain: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        VERBS[verb](rest)
+        return VERBS[verb](rest) or 0
     except ValueError as error:
         if is_rank0():
             print(f"moetrain {verb}: {error}", file=sys.stderr)
@@ -31,7 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
-    return 0
 
 
 def train(overrides: list[str]) -> None:
@@ -172,6 +171,13 @@ def upcycle(overrides: list[str]) -> None:
         stop_distributed()
 
 
+def checkpoint(arguments: list[str]) -> int:
+    """look at checkpoints: moetrain checkpoint ls|verify|diff|prune|safetensors DIR (1: damage, or a difference)"""
+    from moetrain.checkpoint.tools import run
+
+    return run(arguments)
+
+
 def _require(options: dict[str, str], verb: str, keys: tuple[str, ...]) -> None:
     """For a verb that needs all of these keys and takes no other."""
     for key in options:
@@ -197,7 +203,7 @@ def _integer(key: str, value: str) -> int:
         raise ValueError(f"{key}={value!r} is not an integer; nearest legal value: 1") from None
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "profile": profile,
     "mesh": mesh,
@@ -210,6 +216,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "import": import_,
     "export": export,
     "upcycle": upcycle,
+    "checkpoint": checkpoint,
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.store import load_weights, resolve
+from moetrain.checkpoint.use import load_weights, resolve
 from moetrain.comm.start import start_distributed, stop_distributed
 from moetrain.config.compose import to_config
 from moetrain.config.schema import ParallelConfig
@@ -37,7 +37,8 @@ def generate_text(options: dict[str, str]) -> str:
     if not stored:
         raise ValueError(f"{path} does not say which model it holds (no config in its manifest)")
     config = to_config(OmegaConf.create(stored))
-    config.parallel, config.train.micro_batch = ParallelConfig(), 0
+    config.parallel = ParallelConfig()
+    config.train.global_batch = config.train.micro_batch = 1  # what experts=auto is to be fast for
     device = start_distributed()
     try:
         model = build_parallel_model(config, build_meshes(validate(config, 1), device.type), device).model

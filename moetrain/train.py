@@ -9,6 +9,7 @@ import os
 import random
 
 from moetrain.comm.env import world_size
+from moetrain.comm.parent import die_with_launcher
 from moetrain.config.compose import load_config
 from moetrain.config.inherit import inherit
 from moetrain.config.plugins import check_plugins
@@ -18,6 +19,7 @@ from moetrain.config.validate import validate
 
 def train(overrides: list[str]) -> None:
     """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
+    die_with_launcher()
     config = complete(load_config(overrides), overrides)
     layout = validate(config, world_size())
     check_plugins(config)
@@ -43,8 +45,9 @@ def complete(config: Config, overrides: list[str]) -> Config:
     source = config.init.get("from", "")
     if not source:
         return config
-    from moetrain.checkpoint.store import CheckpointStore, resolve
+    from moetrain.checkpoint.store import CheckpointStore
     from moetrain.checkpoint.stored import stored_config
+    from moetrain.checkpoint.use import resolve
 
     newest = CheckpointStore(config.run.dir).latest() if config.run.resume == "auto" else None
     path = newest or resolve(source if config.run.resume in ("auto", "never") else config.run.resume)

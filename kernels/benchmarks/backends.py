@@ -1,14 +1,15 @@
 """The layers that the benchmark compares, all with the signature of moetrain_kernels.moe_experts.
 
-A peer joins the table when its package is installed: add a function here that calls it and list it in BACKENDS.
+Other projects join the table when their package is installed: peers.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from moetrain_kernels import moe_experts
+from peers import PEERS, Layer
 from torch.nn import functional
 
 
@@ -31,8 +32,14 @@ def grouped_mm(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF):
     return y_SD.view(*expert_TK.shape, -1).sum(1)
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
-    "triton": moe_experts,
-    "grouped_mm": grouped_mm,
-    "grouped_mm compiled": torch.compile(grouped_mm),
+BACKENDS: dict[str, Layer] = {
+    "triton": Layer(moe_experts),
+    "grouped_mm": Layer(grouped_mm),
+    "grouped_mm compiled": Layer(torch.compile(grouped_mm)),
+    **PEERS,
 }
+
+
+def missing(layer: Layer) -> list[str]:
+    """The modules that a layer needs and this machine lacks."""
+    return [name for name in layer.needs if find_spec(name) is None]

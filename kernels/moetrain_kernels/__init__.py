@@ -3,5 +3,6 @@
 from . import reference
 from .experts import moe_experts
 from .launch import available
+from .router import route_topk
 
-__all__ = ["available", "moe_experts", "reference"]
+__all__ = ["available", "moe_experts", "reference", "route_topk"]

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -17,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import combine, configs, experts, gemm, launch, plan, swiglu_grad, up, weight_grad
+from . import combine, configs, experts, gemm, launch, plan, router, swiglu_grad, up, weight_grad
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 
@@ -77,21 +78,32 @@ def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (
     experts.backward(x_TD, x_TD, rows, gate_TK, weights, h_R2F, config, (True, True, True))
 
 
+def compile_router() -> None:
+    """Walk the router's kernels once for each kind of score, at the largest number of experts that is common."""
+    logit_TE, valid_T = torch.empty(1024, 256, requires_grad=True), torch.ones(1024, dtype=torch.bool)
+    bias_E, given_TK = torch.empty(256), torch.zeros(1024, 8, dtype=torch.int64)
+    for score in router.SCORES:
+        rule = (score == "sigmoid", False, True, 1.0)
+        _, gate_TK, balance_TE, _ = router.RouteTopK.apply(logit_TE, valid_T, bias_E, given_TK, 8, rule)
+        torch.autograd.grad((gate_TK, balance_TE), logit_TE, (gate_TK, balance_TE))
+
+
 def check(arch: int) -> bool:
     """Compile everything for one architecture and print a line per kernel variant."""
-    cases = [
-        ("bf16", torch.bfloat16, 1024),
-        ("bf16, few rows", torch.bfloat16, 16),
-        ("fp16", torch.float16, 1024),
-        ("fp32", torch.float32, 1024),
-    ]
+    cases = {
+        "bf16": partial(compile_layer, torch.bfloat16, 1024),
+        "bf16, few rows": partial(compile_layer, torch.bfloat16, 16),
+        "fp16": partial(compile_layer, torch.float16, 1024),
+        "fp32": partial(compile_layer, torch.float32, 1024),
+        "router": compile_router,
+    }
     reached: set[str] = set()
     good = True
-    for label, dtype, num_tokens in cases:
+    for label, walk in cases.items():
         report: list[tuple[str, int]] = []
         try:
             with compiling_for(arch, report):
-                compile_layer(dtype, num_tokens)
+                walk()
         except Exception as error:  # any compiler failure is a finding to print, not a crash of the check
             print(f"sm_{arch}  {label:15s} FAILED after {[name for name, _ in report]}: {str(error)[:500]}")
             good = False

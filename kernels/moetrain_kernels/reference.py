@@ -101,3 +101,32 @@ def moe_experts(
     rows = sort_rows(expert_TK, w_down_EDF.shape[0])
     _, a_RF = up_swiglu(x_TD, rows, w_gate_up_E2FD)
     return combine(grouped_gemm(a_RF, rows, w_down_EDF), rows.row_TK, gate_TK)
+
+
+def route_topk(
+    logit_TE: torch.Tensor,
+    k: int,
+    valid_T: torch.Tensor,
+    *,
+    score: str = "softmax",
+    by_logit: bool = False,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    bias_E: torch.Tensor | None = None,
+    given_TK: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`expert_TK`, `gate_TK`, `balance_TE`, `count_E`, as router.route_topk says, in the logits' dtype."""
+    score_TE = logit_TE.softmax(-1) if score == "softmax" else logit_TE.sigmoid()
+    rank_by_TE = (logit_TE if by_logit else score_TE).detach()
+    if bias_E is not None:
+        rank_by_TE = rank_by_TE + bias_E
+    expert_TK = rank_by_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if given_TK is not None:
+        expert_TK = torch.where(given_TK >= 0, given_TK, expert_TK)
+    gate_TK = score_TE.gather(1, expert_TK)
+    if renormalize:
+        gate_TK = gate_TK / (gate_TK.sum(1, keepdim=True) + 1e-20)
+    gate_TK = torch.where(valid_T[:, None], gate_TK * scale, 0.0)
+    expert_TK = torch.where(valid_T[:, None], expert_TK, -1)
+    count_E = torch.bincount(expert_TK[valid_T].flatten(), minlength=logit_TE.shape[1])
+    return expert_TK, gate_TK, score_TE / score_TE.sum(1, keepdim=True), count_E

@@ -17,6 +17,13 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
+def sum_over(groups: list[dist.ProcessGroup], x: Tensor) -> Tensor:
+    """`all_reduce_sum` over each of `groups` in turn."""
+    for group in groups:
+        x = all_reduce_sum(x, group)
+    return x
+
+
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -35,8 +35,9 @@ class TokenContext:
 
     token_BS: int64 input ids. position_BS: int64, for rotary embeddings.
     document_BS: int32, equal inside a document of a row; -1 is padding. None of it carries gradient.
-    index_BS: int64, row * S + offset of each token in the global batch; there only to record or replay routing.
+    index_BS: int64, row * S + offset of each token in the global batch; None where nobody numbered them.
     chosen_TK: experts a router must take instead of its own choice (`router.common.choose`); None leaves it free.
+    counted_TK: what a balance loss must take as the top-k of the balance scores, likewise.
     """
 
     token_BS: Tensor
@@ -46,6 +47,7 @@ class TokenContext:
     step: int = 0
     index_BS: Tensor | None = None
     chosen_TK: Tensor | None = None
+    counted_TK: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -61,13 +63,14 @@ class TokenContext:
 class Routing:
     """One layer's routing decision. Three scores are kept apart because they differ under bias, noise, and limits.
 
-    expert_TK: int64 chosen experts, -1 in a slot that is not used (dynamic k, padding token).
+    expert_TK: int64 chosen experts, negative in a slot that is not used (dynamic k, padding token, dropped).
     gate_TK: differentiable weights of the chosen experts, 0 in unused slots.
     selection_TE: scores that chose (biased, noised); no gradient.
     balance_TE: differentiable scores that sum to one over E, for the balance losses.
     logit_TE: differentiable raw router outputs.
     count_E: int64, how often each expert was chosen by a valid token, before any token is dropped.
     context: the tokens it was made for. carry: what the next MoE layer's router may look at.
+    top_k: how many experts a token chose; rounding may give it more slots or fewer experts (router/rounding.py).
     kept: where a dispatcher may leave what a recomputed pass need not work out again; None without recomputation.
     """
 
@@ -79,4 +82,5 @@ class Routing:
     count_E: Tensor
     context: TokenContext
     carry: Tensor | None = None
+    top_k: int = 0
     kept: Kept | None = None

@@ -13,11 +13,13 @@ from moetrain.model.build import build_model
 from moetrain.model.decoder import Decoder
 from moetrain.moe.balance.base import Balance
 from moetrain.moe.layer import MoELayer
+from moetrain.parallel.compile import apply_compile
 from moetrain.parallel.cp import apply_cp
 from moetrain.parallel.ep import apply_ep
+from moetrain.parallel.experts import settle_experts
 from moetrain.parallel.fsdp import apply_fsdp
 from moetrain.parallel.initialize import initialise, materialise
-from moetrain.parallel.pp import Pipeline, carry_width, cut, keep_stages
+from moetrain.parallel.pp import Pipeline, Stage, carry_width, cut, keep_stages
 from moetrain.parallel.recompute import apply_recompute
 from moetrain.parallel.tp import apply_tp
 
@@ -29,35 +31,48 @@ class ParallelModel:
     """This rank's part of the model.
 
     model: holds all parameters that are here under the whole model's names. pipeline: runs it in stages, None for one.
-    loss_names: the balance plugins with a loss, of every layer, here or not.
+    loss_names: the balance plugins with a loss, of every layer, here or not. experts: a line about what experts=auto
+    chose, or nothing.
     """
 
     model: Decoder
     pipeline: Pipeline | None
     loss_names: list[str]
+    experts: str
 
 
 def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -> ParallelModel:
     """The model, divided over the meshes and initialised, with master weights on `device`."""
     with torch.device("meta"):
         model = build_model(config, device.type)
-    names, width, piped = loss_names(model), carry_width(model), config.parallel.pp > 1
+    names, width = loss_names(model), carry_width(model)
+    chosen = settle_experts(model, config, meshes.layout, device)  # 0. which kernels multiply experts
+    stages = divide(model, config, meshes)
+    parts: list[Decoder] = [*stages] or [model]
+    for part in parts:
+        materialise(part, device, MASTER_DTYPE[config.train.precision])  # 9. storage for what is here
+    if not config.init.get("from") or config.init.get("allow"):  # else a checkpoint overwrites every one of them
+        initialise(model, config.run.seed, config.model.init_std)  # 10. the same values under every layout
+    pipeline = Pipeline(config, meshes, stages, width, device) if stages else None
+    return ParallelModel(model, pipeline, names, chosen)
+
+
+def divide(model: Decoder, config: Config, meshes: Meshes) -> list[Stage]:
+    """Leave this rank's part of a model on the meta device; returns its pipeline stages, none without a pipeline."""
+    piped = config.parallel.pp > 1
     mine = keep_stages(model, config, meshes) if piped else []  # 1. which layers are here
     apply_tp(model, meshes)  # 2. which heads, columns, and words are here
     apply_ep(model, meshes, config.dispatch)  # 3. which experts are here
     apply_cp(model, meshes, config.parallel.cp_method)  # 4. which positions of a row are here
-    apply_recompute(list(model.layers.values()), config.parallel.recompute)  # 5. what a forward pass stores
-    stages = cut(model, config, mine) if piped else []  # 6. what runs as one piece
+    apply_compile(model, config.parallel.compile)  # 5. what is compiled
+    apply_recompute(list(model.layers.values()), config.parallel.recompute)  # 6. what a forward pass stores
+    stages = cut(model, config, mine) if piped else []  # 7. what runs as one piece
     reshard = not piped and config.parallel.reshard_after_forward is not False
     parts: list[Decoder] = [*stages] or [model]
     for part in parts:
         blocks = list(part.layers.values())
-        apply_fsdp(part, blocks, meshes, config.train.precision, reshard)  # 7. which part of each parameter is here
-        materialise(part, device, MASTER_DTYPE[config.train.precision])  # 8. storage for that part
-    if not config.init.get("from"):
-        initialise(model, config.run.seed, config.model.init_std)  # 9. the same values under every layout
-    pipeline = Pipeline(config, meshes, stages, width, device) if piped else None
-    return ParallelModel(model, pipeline, names)
+        apply_fsdp(part, blocks, meshes, config.train.precision, reshard)  # 8. which part of each parameter is here
+    return stages
 
 
 def loss_names(model: nn.Module) -> list[str]:

@@ -33,7 +33,8 @@ def apply_ep(model: nn.Module, meshes: Meshes, dispatch: dict) -> None:
         dispatcher: Dispatcher = build_plugin("dispatch", dispatch, n_experts=n_experts, group=meshes.ep.get_group())
         sliced = meshes.layout.etp > 1
         layer.dispatcher = SlicedDispatch(dispatcher, meshes.expert.get_group("etp")) if sliced else dispatcher
-        for plugin in layer.plugins().values():
+        rounding = getattr(layer.router, "rounding", None)  # of routers that have it: moe/router/rounding.py
+        for plugin in [*layer.plugins().values(), *([rounding] if rounding else [])]:
             plugin.tokens, plugin.row = meshes.tokens, meshes.row
 
 

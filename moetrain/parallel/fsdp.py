@@ -7,6 +7,8 @@ objective (divided by the global token count).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -35,24 +37,32 @@ def apply_fsdp(model: nn.Module, blocks: list[nn.Module], meshes: Meshes, precis
             reshard_after_forward=reshard,
             shard_placement_fn=lambda p, dims=dims: Shard(dims[id(p)]),  # type: ignore[misc]
         )
+    free_dim = partial(_free_dim, shards=meshes.dense_fsdp.size(-1))
     for block in blocks:
         fully_shard(
             block,
             mesh=meshes.dense_fsdp,
             mp_policy=policy,
             reshard_after_forward=reshard,
-            shard_placement_fn=_free_dim,
+            shard_placement_fn=free_dim,
         )
-    fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=_free_dim)
+    fully_shard(model, mesh=meshes.dense_fsdp, mp_policy=policy, shard_placement_fn=free_dim)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _free_dim(parameter: nn.Parameter) -> Shard:
-    """The first dim, unless tp divides that: two axes on one dim would interleave the shards."""
-    return Shard(1 if isinstance(parameter, DTensor) and parameter.placements[0].is_shard(0) else 0)
+def _free_dim(parameter: nn.Parameter, shards: int) -> Shard:
+    """The first dim, unless tp divides that: two axes on one dim would interleave the shards.
+
+    A first dim with fewer places than ranks would be padded to one each, as often as not many times the parameter (the
+    two matrices of shared experts [2, F, D]): then the first dim that divides evenly, if there is one.
+    """
+    if isinstance(parameter, DTensor) and parameter.placements[0].is_shard(0):
+        return Shard(1)
+    even = [dim for dim, size in enumerate(parameter.shape) if size % shards == 0]
+    return Shard(even[0] if even and parameter.shape[0] < shards else 0)
 
 
 def _policy(precision: str) -> MixedPrecisionPolicy:

@@ -30,11 +30,11 @@ SMALL_MODEL = [
 ]
 
 
-def write_documents(directory: Path, count: int = 400) -> list[str]:
-    """Write documents of 1 to 60 words, so that rows hold several and documents cross rows; return data overrides."""
+def write_documents(directory: Path, count: int = 400, longest: int = 60) -> list[str]:
+    """Write documents of 1 to `longest` words: rows hold several, and documents cross rows; return data overrides."""
     rng = random.Random(0)
     words = [f"word{i}" for i in range(50)]
-    lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(1, 60)))}) for _ in range(count)]
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(1, longest)))}) for _ in range(count)]
     path = directory / "documents.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return ["data=jsonl", f"data.sources.jsonl.path={path}", f"data.cache_dir={directory / 'cache'}"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moetrain.comm.shards import local
 from moetrain.comm.start import start_distributed
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
+from moetrain.parallel.initialize import local_part
 from moetrain.trainer import Trainer
 
 
@@ -32,42 +36,85 @@ def whole(tensor: Tensor) -> Tensor:
 def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tensor]]:
     """Train `steps` steps of `overrides` on the ranks that are running; return each step and the final weights.
 
-    Collective: call it on every rank (from `run_ranks`), or in a process without ranks.
+    Collective: call it on every rank (from `run_ranks`), or in a process without ranks. Raises AssertionError for a
+    parameter without gradient, or one of which two ranks hold different copies.
     """
-    config = load_config(overrides)
     alone = not dist.is_initialized()
-    layout = validate(config, 1 if alone else dist.get_world_size())
-    device = start_distributed() if alone else _rank_device()
-    trainer = Trainer(config, layout, device)
-    trainer.log.start(trainer.step, {})
-    seen: dict[str, Tensor] = {}
-
-    def capture(*_: object) -> None:
-        for name, parameter in trainer.model.named_parameters():
-            assert parameter.grad is not None, f"{name} has no gradient"
-            seen[name] = whole(parameter.grad)
-
-    trainer.optimizer.register_step_pre_hook(capture)
-    recorded = []
-    for _ in range(steps):
-        row, _ = trainer.train_step()
-        recorded.append(Step(row, dict(seen)))
-    weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
-    if trainer.pipeline is not None:
-        for part in (weights, *(step.gradients for step in recorded)):
-            _join_stages(part, trainer.pipeline.group)
+    trainer = open_trainer(overrides)
+    recorded, weights = record_steps(trainer, steps)
     trainer.close()
     if alone:
         dist.destroy_process_group()
     return recorded, weights
 
 
-def _join_stages(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Each rank of a pipeline has the parameters of its stages."""
-    parts: list[dict[str, Tensor]] = [{}] * group.size()
-    dist.all_gather_object(parts, tensors, group=group)
-    for part in parts:
-        tensors.update(part)
+def open_trainer(overrides: list[str]) -> Trainer:
+    """A trainer on the ranks that are running, or in a world of one: checkpoint restored, log open. Collective."""
+    config = load_config(overrides)
+    alone = not dist.is_initialized()
+    layout = validate(config, 1 if alone else dist.get_world_size())
+    trainer = Trainer(config, layout, start_distributed() if alone else _rank_device())
+    trainer.log.start(trainer.step, {})
+    return trainer
+
+
+def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Tensor]]:
+    """Train `steps` more steps; return each, and the weights after the last. Collective; raises as `record`."""
+    parameters = dict(trainer.model.named_parameters())
+    seen: dict[str, Tensor] = {}
+
+    def capture(*_: object) -> None:
+        missing = [name for name, parameter in parameters.items() if parameter.grad is None]
+        assert not missing, f"{missing} have no gradient"
+        seen.update({name: _here(parameter.grad) for name, parameter in parameters.items()})
+
+    handle = trainer.optimizer.register_step_pre_hook(capture)
+    rows, held = [], []
+    for _ in range(steps):
+        row, _ = trainer.train_step()
+        assert row is not None, "a bad step"
+        rows.append(row)
+        held.append(dict(seen))
+    handle.remove()
+    held.append({name: _here(parameter) for name, parameter in parameters.items()})
+    *gradients, weights = _assemble(_places(parameters), held)
+    return [Step(row, gradient) for row, gradient in zip(rows, gradients)], weights
+
+
+def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors by name, from what all ranks hold of them. Collective; AssertionError where two copies differ."""
+    (assembled,) = _assemble(_places(tensors), [{name: _here(tensor) for name, tensor in tensors.items()}])
+    return assembled
+
+
+def _places(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tuple(tensor.shape), local_part(tensor)[1]) for name, tensor in tensors.items()}
+
+
+def _here(tensor: Tensor | None) -> Tensor:
+    """What this rank holds, on the CPU."""
+    assert tensor is not None
+    return local(tensor).detach().cpu().clone()
+
+
+def _assemble(places: dict[str, tuple], held: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Whole tensors by name, of each element of `held`, from what all ranks hold; collective, one exchange for all.
+
+    places: name -> whole shape, and where the part of this rank begins in it.
+    """
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (places, held))
+    wholes: list[dict[str, Tensor]] = [{} for _ in held]
+    for where, parts in ranks:
+        for whole_by_name, part_by_name in zip(wholes, parts):
+            for name, part in part_by_name.items():
+                shape, offset = where[name]
+                if name not in whole_by_name:
+                    whole_by_name[name] = part.new_full(shape, torch.nan)
+                target = whole_by_name[name][tuple(slice(o, o + n) for o, n in zip(offset, part.shape))]
+                assert bool(torch.isnan(target).all()) or torch.equal(target, part), f"ranks differ in {name}"
+                target.copy_(part)
+    return wholes
 
 
 def _rank_device() -> torch.device:
@@ -82,6 +129,10 @@ class Difference:
     norm: float
     gradient: float
     where: str
+
+    @property
+    def worst(self) -> float:
+        return max(self.loss, self.norm, self.gradient)
 
 
 def compare(run: list[Step], reference: list[Step]) -> Difference:
@@ -99,6 +150,13 @@ def compare(run: list[Step], reference: list[Step]) -> Difference:
             if error > gradient:
                 gradient, where = error, f"{name} at step {index + 1}"
     return Difference(loss, norm, gradient, where)
+
+
+def worst(run: list[Step], reference: list[Step]) -> float:
+    """The largest error of any kind of `run`, which may be shorter than the reference; prints all of them."""
+    difference = compare(run, reference[: len(run)])
+    print(difference)
+    return difference.worst
 
 
 def flips(run: list[Step], reference: list[Step]) -> int:

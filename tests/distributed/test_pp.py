@@ -15,7 +15,7 @@ from moetrain.moe.router.softmax import SoftmaxTopK
 from moetrain.optim.clip import grad_norm
 from moetrain.parallel import pp
 from moetrain.testing import run_ranks
-from moetrain.testing.small import SMALL_MODEL, write_documents
+from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import compare, record
 from moetrain.trainer import Trainer
 
@@ -53,11 +53,6 @@ class CarryRouter(torch.nn.Module):
             x_TD = x_TD + F.linear(carry, self.back)
         routing = self.inner(x_TD, context, bias_E)
         return replace(routing, carry=routing.logit_TE)
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("documents"))
 
 
 def train(documents, run_dir, world, rows, *more, steps=STEPS):

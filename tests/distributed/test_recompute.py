@@ -14,17 +14,12 @@ from moetrain.moe.router import common, softmax
 from moetrain.parallel import recompute
 from moetrain.testing import run_ranks
 from moetrain.testing.ranks import RankFailure
-from moetrain.testing.small import SMALL_MODEL, write_documents
+from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import compare, record
 
 pytestmark = pytest.mark.distributed
 STEPS, BAR = 4, 1e-12
 SCOPES = ["balance.switch.scope=global_batch"]  # the scope that remembers earlier micro-batches: a replay would add
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("documents"))
 
 
 def train(documents, run_dir, world, *more, steps=STEPS):

@@ -8,16 +8,11 @@ losses, norms, and gradients stay within 20 e = 6e-5. A flipped choice is bound 
 import pytest
 
 from moetrain.testing import run_ranks
-from moetrain.testing.small import SMALL_MODEL, write_documents
+from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import compare, record
 
 pytestmark = pytest.mark.distributed
 STEPS, BAR_FP32 = 20, 6e-5
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("documents"))
 
 
 def train(documents, run_dir, world, *more, steps=STEPS):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moetrain.checkpoint.lazy import stored
-from moetrain.checkpoint.store import resolve
+from moetrain.checkpoint.use import resolve
 from moetrain.testing.ranks import run_ranks
 from moetrain.testing.upcycle_run import WAYS, Plan, compare, upcycle
 

@@ -1,4 +1,4 @@
-"""The fp64 proof under NCCL: two GPUs against one."""
+"""The fp64 proof under NCCL: two GPUs against one. All precisions: scripts/invariance.sh --device cuda."""
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("degrees", [[], ["parallel.ep=2"], ["parallel.dp_replicate=2"]], ids=str)
+AXES = ["ep", "dp_replicate", "tp", "cp", "pp", "etp"]
+
+
+@pytest.mark.parametrize("degrees", [[], *([f"parallel.{axis}=2"] for axis in AXES)], ids=str)
 def test_two_gpus_equal_one_in_fp64(degrees, tmp_path):
     documents = write_documents(tmp_path)
     options = [*SMALL_MODEL, *documents, "train.precision=fp64", *degrees]

@@ -19,8 +19,8 @@ from moetrain.checkpoint.hf.match import written_names
 from moetrain.checkpoint.hf.rules import BIAS, Rule, rules
 from moetrain.checkpoint.hf.translate import choose, write
 from moetrain.checkpoint.lazy import LazyTensor, in_memory, stored
-from moetrain.checkpoint.store import resolve
 from moetrain.checkpoint.stored import stored_config
+from moetrain.checkpoint.use import resolve
 from moetrain.config.schema import Config
 
 SILENT_WIDTH = 64  # hidden width of shared experts that do nothing

@@ -6,8 +6,10 @@ w_down_EDF [E, D, F]. expert_e(x) = w_down_e (silu(w_gate_e x) * (w_up_e x)).
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -21,3 +23,31 @@ class ExpertBackend(Protocol):
     def __call__(
         self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
     ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank's experts are given in one micro-step, for a backend that measures before it chooses.
+
+    tokens: of all ranks whose tokens can come here. n_experts: all routed experts; local_experts of them are here, each
+    with d_expert columns. precision: train.precision.
+    """
+
+    tokens: int
+    top_k: int
+    n_experts: int
+    local_experts: int
+    d_model: int
+    d_expert: int
+    precision: str
+
+
+@runtime_checkable
+class Undecided(Protocol):
+    """A backend that chooses another one once the shapes and the device of a run are known (parallel/experts.py)."""
+
+    def decide(self, load: Workload, device: torch.device, timed: bool) -> tuple[str, str]:
+        """On one rank: the name of the choice, and a line that says why. timed: False must not look at a clock."""
+
+    def use(self, name: str) -> None:
+        """On every rank: compute with the backend of this name from now on."""

@@ -36,6 +36,16 @@ def choose(selection_TE: Tensor, k: int, context: TokenContext) -> Tensor:
     return torch.where(context.chosen_TK >= 0, context.chosen_TK, expert_TK)
 
 
+KERNELS = ("torch", "triton", "auto")
+
+
+def check_kernels(kernels: str) -> str:
+    """A router's option `kernels`; ValueError if there is no such choice."""
+    if kernels not in KERNELS:
+        raise ValueError(f"router.kernels={kernels!r}: nearest legal value: torch (of {', '.join(KERNELS)})")
+    return kernels
+
+
 def make_routing(
     *,
     expert_TK: Tensor,
@@ -58,6 +68,7 @@ def make_routing(
         logit_TE=logit_TE,
         count_E=count_experts(expert_TK, n_experts),
         context=context,
+        top_k=expert_TK.shape[1],
     )
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from moetrain.moe.router.common import choose, make_routing, router_logits, top_k
+from moetrain.moe.router.common import check_kernels, choose, make_routing, router_logits, top_k
+from moetrain.moe.router.fused import fused_routing, usable
+from moetrain.moe.router.rounding import build_rounding
 from moetrain.moe.types import Routing, TokenContext
 
 
@@ -14,6 +19,8 @@ class SigmoidTopK(nn.Module):
 
     n_groups > 1: experts form equal contiguous groups, a group scores the sum of its two best biased scores, and only
     the best topk_groups groups take part. The balance score is s divided by its sum over experts.
+    rounding: {tile, mode} of router/rounding.py. kernels: torch | triton | auto (triton where it can run, which is not
+    with groups).
     """
 
     def __init__(
@@ -25,6 +32,8 @@ class SigmoidTopK(nn.Module):
         scale: float = 1.0,
         n_groups: int = 1,
         topk_groups: int = 1,
+        rounding: Mapping[str, Any] | None = None,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         if n_groups < 1 or n_experts % n_groups:
@@ -38,21 +47,34 @@ class SigmoidTopK(nn.Module):
                 f"router.topk_groups={topk_groups} leaves fewer than top_k={top_k} experts; "
                 f"nearest legal value: {nearest}"
             )
+        if n_groups > 1 and kernels == "triton":
+            raise ValueError(f"router.kernels=triton with router.n_groups={n_groups}; nearest legal value: torch")
         self.top_k, self.renormalize, self.scale = top_k, renormalize, scale
         self.n_groups, self.topk_groups = n_groups, topk_groups
+        self.rounding, self.kernels = build_rounding(rounding, scale), check_kernels(kernels)
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
 
     def forward(
         self, x_TD: Tensor, context: TokenContext, bias_E: Tensor | None = None, carry: Tensor | None = None
     ) -> Routing:
         logit_TE = router_logits(x_TD, self.weight)
+        if self.rounding is None:
+            return self._top_k(logit_TE, context, bias_E)
+        routing = self._top_k(logit_TE, self.rounding.own_choice(context, self.top_k), bias_E)
+        return self.rounding(routing, logit_TE.sigmoid(), context)
+
+    def _top_k(self, logit_TE: Tensor, context: TokenContext, bias_E: Tensor | None) -> Routing:
+        renormalize = self.renormalize and self.top_k > 1
+        if self.n_groups == 1 and usable(self.kernels, logit_TE):
+            rule = {"score": "sigmoid", "renormalize": renormalize, "scale": self.scale}
+            return fused_routing(logit_TE, self.top_k, context, bias_E, **rule)
         score_TE = logit_TE.sigmoid()
         selection_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E
         if self.n_groups > 1:
             selection_TE = limit_groups(selection_TE, self.n_groups, self.topk_groups)
         expert_TK = choose(selection_TE, self.top_k, context)
         gate_TK = score_TE.gather(-1, expert_TK)
-        if self.renormalize and self.top_k > 1:
+        if renormalize:
             gate_TK = gate_TK / (gate_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return make_routing(
             expert_TK=expert_TK,

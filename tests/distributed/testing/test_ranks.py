@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,3 +26,13 @@ def test_a_failing_rank_is_named_and_does_not_hang_the_others():
 
     with pytest.raises(RankFailure, match=r"rank 1 of 2 failed(.|\n)*needle"):
         run_ranks(fn, 2)
+
+
+def test_a_rank_that_stays_away_fails_the_others_by_their_time_limit():
+    def fn():
+        if dist.get_rank() == 1:
+            time.sleep(60)
+        dist.all_reduce(torch.zeros(1))
+
+    with pytest.raises(RankFailure):
+        run_ranks(fn, 2, timeout_s=2)

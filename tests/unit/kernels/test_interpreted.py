@@ -19,8 +19,9 @@ def run(*arguments: str, interpret: bool) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_kernels_under_the_interpreter():
-    cases = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_router.py", "interpreted_dtypes.py"])
+def test_kernels_under_the_interpreter(name):
+    cases = Path(__file__).with_name(name)
     result = run("pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases), interpret=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert "skipped" not in result.stdout
@@ -31,3 +32,4 @@ def test_every_kernel_compiles_without_a_gpu(arch):
     result = run("moetrain_kernels.compile_check", "--arch", arch, interpret=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert "weight_grad_kernel" in result.stdout
+    assert "route_topk_grad_kernel" in result.stdout
