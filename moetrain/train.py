@@ -11,6 +11,7 @@ import random
 from moetrain.comm.env import world_size
 from moetrain.comm.parent import die_with_launcher
 from moetrain.config.compose import load_config
+from moetrain.config.inherit import inherit
 from moetrain.config.plugins import check_plugins
 from moetrain.config.schema import Config
 from moetrain.config.validate import validate
@@ -19,7 +20,7 @@ from moetrain.config.validate import validate
 def train(overrides: list[str]) -> None:
     """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
     die_with_launcher()
-    config = load_config(overrides)
+    config = complete(load_config(overrides), overrides)
     layout = validate(config, world_size())
     check_plugins(config)
     rehearse(config)
@@ -37,6 +38,20 @@ def train(overrides: list[str]) -> None:
             trainer.close()
     finally:
         stop_distributed()
+
+
+def complete(config: Config, overrides: list[str]) -> Config:
+    """With `init.from`, the configuration with that checkpoint's model; or, to be resumed, with this run's own."""
+    source = config.init.get("from", "")
+    if not source:
+        return config
+    from moetrain.checkpoint.store import CheckpointStore
+    from moetrain.checkpoint.stored import stored_config
+    from moetrain.checkpoint.use import resolve
+
+    newest = CheckpointStore(config.run.dir).latest() if config.run.resume == "auto" else None
+    path = newest or resolve(source if config.run.resume in ("auto", "never") else config.run.resume)
+    return inherit(config, stored_config(path), overrides, source)
 
 
 def rehearse(config: Config) -> None:

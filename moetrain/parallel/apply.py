@@ -51,7 +51,8 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
     parts: list[Decoder] = [*stages] or [model]
     for part in parts:
         materialise(part, device, MASTER_DTYPE[config.train.precision])  # 9. storage for what is here
-    initialise(model, config.run.seed, config.model.init_std)  # 10. the same values under every layout
+    if not config.init.get("from") or config.init.get("allow"):  # else a checkpoint overwrites every one of them
+        initialise(model, config.run.seed, config.model.init_std)  # 10. the same values under every layout
     pipeline = Pipeline(config, meshes, stages, width, device) if stages else None
     return ParallelModel(model, pipeline, names, chosen)
 
