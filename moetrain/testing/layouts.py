@@ -79,6 +79,8 @@ CASES = [
     _case(2, "pp_layers=[1,4]", FULL, pp=2),
     # Two and three.
     _case(4, ep=4),
+    Case(4, {"ep": 4}, ("dispatch=allgather", "dispatch.chunks=2")),
+    Case(4, {"ep": 2}, ("dispatch=collective", "dispatch.chunks=4", "parallel.recompute=full")),
     _case(4, dp_replicate=2, ep=2, quick=True),
     _case(4, dp_replicate=4, ep=4),
     _case(4, tp=2, ep=2, etp=2),
