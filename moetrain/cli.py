@@ -126,7 +126,8 @@ def import_(overrides: list[str]) -> None:
     from moetrain.checkpoint.hf.load import import_hf
     from moetrain.comm.start import start_distributed, stop_distributed
 
-    options = _exactly(overrides, "import", ("source", "out"))
+    options = _options(overrides)
+    _require(options, "import", ("source", "out"))
     start_distributed()
     try:
         path = import_hf(options["source"], options["out"])
@@ -137,12 +138,22 @@ def import_(overrides: list[str]) -> None:
 
 
 def export(overrides: list[str]) -> None:
-    """make a Hugging Face directory of a checkpoint: moetrain export checkpoint=CKPT out=HF_DIR"""
+    """make a Hugging Face directory of a checkpoint: moetrain export checkpoint=CKPT out=HF_DIR [experts=stacked]"""
     from moetrain.checkpoint.hf.save import export_hf
+    from moetrain.comm.start import start_distributed, stop_distributed
 
-    options = _exactly(overrides, "export", ("checkpoint", "out"))
-    family = export_hf(options["checkpoint"], options["out"])
-    print(f"{options['checkpoint']} -> {options['out']} ({family.name})")
+    options = {"experts": "each", **_options(overrides)}
+    if options["experts"] not in ("each", "stacked"):
+        raise ValueError(f"experts={options['experts']!r}; nearest legal value: each (or stacked)")
+    stacked = options.pop("experts") == "stacked"
+    _require(options, "export", ("checkpoint", "out"))
+    start_distributed()
+    try:
+        family = export_hf(options["checkpoint"], options["out"], stacked=stacked)
+        if is_rank0():
+            print(f"{options['checkpoint']} -> {options['out']} ({family.name})")
+    finally:
+        stop_distributed()
 
 
 def upcycle(overrides: list[str]) -> None:
@@ -167,16 +178,14 @@ def checkpoint(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def _exactly(overrides: list[str], verb: str, keys: tuple[str, ...]) -> dict[str, str]:
-    """The options of a verb that needs all of its keys and takes no other."""
-    options = _options(overrides)
+def _require(options: dict[str, str], verb: str, keys: tuple[str, ...]) -> None:
+    """For a verb that needs all of these keys and takes no other."""
     for key in options:
         if key not in keys:
             raise ValueError(f"{key}: no such key; {verb} takes {', '.join(keys)}")
     for key in keys:
         if not options.get(key):
             raise ValueError(f"{key}= is missing; {verb} takes {', '.join(keys)}")
-    return options
 
 
 def _options(overrides: list[str]) -> dict[str, str]:

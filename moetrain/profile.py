@@ -18,7 +18,7 @@ from moetrain.config.plugins import check_plugins
 from moetrain.config.validate import validate
 from moetrain.observe.annotate import annotate
 from moetrain.observe.timeline import WINDOW, format_shares, shares
-from moetrain.train import rehearse, set_determinism
+from moetrain.train import complete, rehearse, set_determinism
 from moetrain.trainer import Trainer
 
 WARMUP, MEASURED = 5, 3  # steps
@@ -30,7 +30,7 @@ def profile(overrides: list[str], out: Path) -> str:
     Writes `trace_rank<r>.json.gz` (for chrome://tracing or Perfetto) and `shares_rank<r>.txt` into `out`; returns this
     rank's table. The run's own directory is `out`/run and no checkpoint is written. Raises ValueError as `train`.
     """
-    config = load_config([*overrides, f"run.dir={out / 'run'}", "run.resume=never"])
+    config = complete(load_config([*overrides, f"run.dir={out / 'run'}", "run.resume=never"]), overrides)
     config = replace(config, train=replace(config.train, steps=max(config.train.steps, WARMUP + MEASURED)))
     layout = validate(config, world_size())
     check_plugins(config)

@@ -11,6 +11,7 @@ import random
 from moetrain.comm.env import world_size
 from moetrain.comm.parent import die_with_launcher
 from moetrain.config.compose import load_config
+from moetrain.config.inherit import inherit
 from moetrain.config.plugins import check_plugins
 from moetrain.config.schema import Config
 from moetrain.config.validate import validate
@@ -19,7 +20,7 @@ from moetrain.config.validate import validate
 def train(overrides: list[str]) -> None:
     """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
     die_with_launcher()
-    config = load_config(overrides)
+    config = complete(load_config(overrides), overrides)
     layout = validate(config, world_size())
     check_plugins(config)
     rehearse(config)
@@ -39,6 +40,20 @@ def train(overrides: list[str]) -> None:
         stop_distributed()
 
 
+def complete(config: Config, overrides: list[str]) -> Config:
+    """With `init.from`, the configuration with that checkpoint's model; or, to be resumed, with this run's own."""
+    source = config.init.get("from", "")
+    if not source:
+        return config
+    from moetrain.checkpoint.store import CheckpointStore
+    from moetrain.checkpoint.stored import stored_config
+    from moetrain.checkpoint.use import resolve
+
+    newest = CheckpointStore(config.run.dir).latest() if config.run.resume == "auto" else None
+    path = newest or resolve(source if config.run.resume in ("auto", "never") else config.run.resume)
+    return inherit(config, stored_config(path), overrides, source)
+
+
 def rehearse(config: Config) -> None:
     """Build every plugin once without storage, so that a value one of them refuses is refused before ranks start."""
     import torch
@@ -46,9 +61,11 @@ def rehearse(config: Config) -> None:
     from moetrain.model.build import build_model
     from moetrain.observe.trackers.build import build_trackers
     from moetrain.optim.build import build_optimizer
+    from moetrain.parallel.ep import make_capacity
 
     with torch.device("meta"):
         build_model(config, "cuda" if torch.cuda.device_count() else "cpu")
+    make_capacity(config, max(config.model.moe.n_experts, 1))
     build_optimizer(config.optim, [("weight", torch.nn.Parameter(torch.zeros(1, 1)))])
     build_trackers(config.tracker)
 

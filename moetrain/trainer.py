@@ -294,6 +294,5 @@ class Trainer:
         if exposed_s := self.saver.exposed_s():
             row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
-            dropless = torch.zeros_like(sums.entropy_L)
-            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])
+            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, sums.dropped_L, values[-1])
         return row

@@ -24,6 +24,11 @@ class LazyTensor:
     make: Callable[[], Tensor]
 
 
+def in_memory(tensor: Tensor) -> LazyTensor:
+    """A tensor that is there already."""
+    return LazyTensor(tensor.shape, tensor.dtype, lambda: tensor)
+
+
 def write_lazy(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write one folder, tensor by tensor; the ranks share the tensors out. Every rank calls it with the same names.
 

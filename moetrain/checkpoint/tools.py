@@ -183,7 +183,7 @@ def _safetensors(checkpoint: Path, out: Path, say: Callable[[str], None]) -> int
     tensors = stored(step / "model")
     sizes = {name: tensor.shape.numel() * tensor.dtype.itemsize for name, tensor in tensors.items()}
     out.mkdir(parents=True)
-    write_shards(out, sizes, ((name, tensor.make()) for name, tensor in tensors.items()), SHARD_BYTES)
+    write_shards(out, sizes, lambda shard: ((name, tensors[name].make()) for name in shard), SHARD_BYTES)
     say(f"{step} -> {out}: {len(tensors)} tensors, {_bytes(sum(sizes.values()))}")
     return 0
 

@@ -71,8 +71,8 @@ def validate(config: Config, world: int) -> Layout:
     _check_init(config)
     _check_retention(config)
     _check_tape(config)
-    _check_bad_steps(config)
     check_router(config)
+    _check_bad_steps(config)
     return layout
 
 

@@ -79,3 +79,40 @@ class WarmupStableDecay:
         progress = max(0.0, (step + 1 - (total_steps - decay_steps)) / max(1, decay_steps))
         lost = math.sqrt(progress) if self.shape == "sqrt" else progress
         return 1 - (1 - self.min_ratio) * lost
+
+
+@dataclass(frozen=True)
+class WarmRestarts:
+    """Cycles of linear warmup to 1 and half a cosine down to min_ratio (SGDR, Loshchilov & Hutter 2017, 1608.03983).
+
+    For training that goes on from a finished run: its rate has to go back up. period: updates of the first cycle;
+    multiply: each cycle is so many times as long as the one before; decay: each peak is this times the one before.
+    warmup_steps: of every cycle, from start_ratio up; the min_ratio at which the first run ended makes it continuous.
+    Raises ValueError for values outside of these.
+    """
+
+    period: int
+    multiply: int = 1
+    warmup_steps: int = 0
+    start_ratio: float = 0.0
+    min_ratio: float = 0.1
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_range("period", self.period, 1, math.inf)
+        require_range("multiply", self.multiply, 1, math.inf)
+        require_range("warmup_steps", self.warmup_steps, 0, self.period - 1)
+        require_range("start_ratio", self.start_ratio, 0, 1)
+        require_range("min_ratio", self.min_ratio, 0, 1)
+        require_range("decay", self.decay, 0, 1)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        require_range("step", step, 0, total_steps - 1)
+        start, length, peak = 0, self.period, 1.0
+        while step >= start + length:
+            start, length, peak = start + length, length * self.multiply, peak * self.decay
+        done = step - start + 1
+        if done <= self.warmup_steps:
+            return peak * (self.start_ratio + (1 - self.start_ratio) * done / self.warmup_steps)
+        progress = (done - self.warmup_steps) / (length - self.warmup_steps)
+        return peak * (self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))

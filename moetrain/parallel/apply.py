@@ -51,7 +51,8 @@ def build_parallel_model(config: Config, meshes: Meshes, device: torch.device) -
     parts: list[Decoder] = [*stages] or [model]
     for part in parts:
         materialise(part, device, MASTER_DTYPE[config.train.precision])  # 9. storage for what is here
-    initialise(model, config.run.seed, config.model.init_std)  # 10. the same values under every layout
+    if not config.init.get("from") or config.init.get("allow"):  # else a checkpoint overwrites every one of them
+        initialise(model, config.run.seed, config.model.init_std)  # 10. the same values under every layout
     pipeline = Pipeline(config, meshes, stages, width, device) if stages else None
     return ParallelModel(model, pipeline, names, chosen)
 
@@ -61,7 +62,7 @@ def divide(model: Decoder, config: Config, meshes: Meshes) -> list[Stage]:
     piped = config.parallel.pp > 1
     mine = keep_stages(model, config, meshes) if piped else []  # 1. which layers are here
     apply_tp(model, meshes)  # 2. which heads, columns, and words are here
-    apply_ep(model, meshes, config.dispatch)  # 3. which experts are here
+    apply_ep(model, meshes, config)  # 3. which experts are here
     apply_cp(model, meshes, config.parallel.cp_method)  # 4. which positions of a row are here
     apply_compile(model, config.parallel.compile)  # 5. what is compiled
     apply_recompute(list(model.layers.values()), config.parallel.recompute)  # 6. what a forward pass stores

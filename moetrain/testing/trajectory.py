@@ -71,7 +71,9 @@ def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Te
     handle = trainer.optimizer.register_step_pre_hook(capture)
     rows, held = [], []
     for _ in range(steps):
-        rows.append(trainer.train_step()[0])
+        row, _ = trainer.train_step()
+        assert row is not None, "a bad step"
+        rows.append(row)
         held.append(dict(seen))
     handle.remove()
     held.append({name: _here(parameter) for name, parameter in parameters.items()})

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from moetrain.checkpoint.agree import on_rank0
 from moetrain.checkpoint.lazy import stored
-from moetrain.config.schema import Config
-from moetrain.upcycle.convert import build_initializer, convert, open_source
-from moetrain.upcycle.report import Parity, format_report, parity, real_tokens
+from moetrain.upcycle.base import Model
+from moetrain.upcycle.convert import Converted, build_initializer, convert
+from moetrain.upcycle.report import Parity, format_report, parity
+from moetrain.upcycle.text import real_tokens
 
 REQUIRED = ("source", "upcycle", "experts", "top_k", "out")
 DEFAULTS = {"granularity": "1", "seed": "0", "parity": "true"}
@@ -17,8 +18,9 @@ DEFAULTS = {"granularity": "1", "seed": "0", "parity": "true"}
 def upcycle(options: dict[str, str]) -> str:
     """Convert, and return the report. All ranks call it.
 
-    options: REQUIRED, those of DEFAULTS, and `upcycle.<option>` for the initializer. experts and top_k count experts
-    before granularity cuts them. parity=false leaves out the comparison, for which rank 0 holds both models whole.
+    options: REQUIRED, those of DEFAULTS, and `upcycle.<option>` for the initializer. source is a directory, or several
+    for upcycle=merge. experts and top_k count experts
+    before granularity cuts them. parity=false leaves out the comparison, for which rank 0 holds a model whole.
     Raises ValueError for an option that is unknown, missing, or of the wrong kind, and as `convert.convert` does.
     """
     own = {key: value for key, value in options.items() if not key.startswith("upcycle.")}
@@ -35,16 +37,24 @@ def upcycle(options: dict[str, str]) -> str:
     given = {key.removeprefix("upcycle."): value for key, value in options.items() if key.startswith("upcycle.")}
     initializer = build_initializer(own["upcycle"], given, **number)
     seed = _integer("seed", own.get("seed", DEFAULTS["seed"]))
-    path, dense, moe = convert(own["source"], own["out"], initializer, seed)
-    measured = None
+    sources = _sources(own["source"])
+    made = convert(sources, own["out"], initializer, seed)
+    measured: list[Parity] = []
     if own.get("parity", "true") == "true":
-        measured = on_rank0(lambda: _measure(Path(own["source"]), path, dense, moe))
-    return f"{own['source']} -> {path}\n{format_report(dense, moe, measured)}"
+        measured = on_rank0(lambda: _measure(made))
+    return f"{', '.join(sources)} -> {made.path}\n{format_report(made.sources[0].config, made.config, measured)}"
 
 
-def _measure(source: Path, path: Path, dense: Config, moe: Config) -> Parity:
-    _, tensors, _ = open_source(source)
-    return parity((dense, tensors), (moe, stored(path / "model")), real_tokens(dense))
+def _sources(text: str) -> list[str]:
+    """source=A, or several as source=A,B,C or source=[A,B,C]; a path that exists is one, whatever it contains."""
+    if Path(text).exists():
+        return [text]
+    return [part.strip() for part in text.removeprefix("[").removesuffix("]").split(",") if part.strip()]
+
+
+def _measure(made: Converted) -> list[Parity]:
+    moe = Model(made.config, stored(made.path / "model"))
+    return parity(made.sources, moe, real_tokens(made.config))
 
 
 def _integer(key: str, value: str) -> int:

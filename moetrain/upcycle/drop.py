@@ -3,12 +3,15 @@ Partial Re-initialization")."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from moetrain.upcycle.base import DenseFFN, Upcycle, generator
 
 
+@dataclass(frozen=True)
 class Drop(Upcycle):
     """floor(ratio * F) hidden neurons of each expert are drawn anew, from N(mean, std^2) of the entries they replace.
 
@@ -16,25 +19,13 @@ class Drop(Upcycle):
     matrix. Not exact unless ratio is 0, when it is `copy`.
     """
 
-    def __init__(
-        self,
-        experts: int,
-        top_k: int,
-        granularity: int = 1,
-        normalized: bool = True,
-        router_std: float = 0.02,
-        ratio: float = 0.5,
-        shared_indices: bool = True,
-    ) -> None:
-        super().__init__(experts, top_k, granularity, normalized, router_std)
-        self.refuse_granularity("drop")
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"upcycle.ratio={ratio}; nearest legal value: {min(max(ratio, 0), 1)}")
-        self.ratio, self.shared_indices = ratio, shared_indices
-        self.scale = 1.0 / (self.top_k * self.gate())
+    ratio: float = 0.5
+    shared_indices: bool = True
 
-    def d_expert(self, d_ff: int) -> int:
-        return d_ff
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"upcycle.ratio={self.ratio}; nearest legal value: {min(max(self.ratio, 0), 1)}")
 
     def expert(self, ffn: DenseFFN, layer: int, expert: int, seed: int) -> DenseFFN:
         random = generator(seed, layer, expert, "drop")
@@ -47,8 +38,7 @@ class Drop(Upcycle):
             return _redraw(weight, which, random)
 
         gate_FD, up_FD = redraw(ffn.w_gate_FD), redraw(ffn.w_up_FD)
-        down_DF = redraw(ffn.w_down_DF.T).T
-        return DenseFFN(gate_FD, up_FD, down_DF if self.scale == 1.0 else down_DF * self.scale)
+        return DenseFFN(gate_FD, up_FD, redraw(ffn.w_down_DF.T).T)
 
 
 def _redraw(weight_FD: Tensor, rows_n: Tensor, random: torch.Generator) -> Tensor:

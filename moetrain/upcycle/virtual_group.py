@@ -6,21 +6,21 @@ so a token chooses whole groups, at equal gates.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from moetrain.upcycle.base import DenseFFN, Upcycle
 
 
+@dataclass(frozen=True)
 class VirtualGroup(Upcycle):
     """Exact with normalized gates: K whole groups at gates 1/(K G) add up to 1/G of the dense output, so scale is G.
 
-    Without normalized gates scale is E G / K, exact for a uniform router only. All of the scale is on the down
-    projection: SiLU is not homogeneous, so any part of it on the gate projection would change the function.
+    Without normalized gates scale is E G / K, exact for a uniform router only; with tied=false parts are chosen one by
+    one, which is never exact.
     """
 
-    def __init__(
-        self, experts: int, top_k: int, granularity: int = 1, normalized: bool = True, router_std: float = 0.02
-    ) -> None:
-        super().__init__(experts, top_k, granularity, normalized, router_std)
-        self.scale = self.granularity / (self.top_k * self.gate())
+    cuts: ClassVar[bool] = True
 
     def d_expert(self, d_ff: int) -> int:
         if d_ff % self.granularity:
@@ -35,4 +35,4 @@ class VirtualGroup(Upcycle):
         width = self.d_expert(ffn.w_gate_FD.shape[0])
         start = expert % self.granularity * width
         part = slice(start, start + width)
-        return DenseFFN(ffn.w_gate_FD[part], ffn.w_up_FD[part], ffn.w_down_DF[:, part] * self.scale)
+        return DenseFFN(ffn.w_gate_FD[part], ffn.w_up_FD[part], ffn.w_down_DF[:, part])

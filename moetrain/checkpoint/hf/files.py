@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from moetrain.checkpoint.agree import gather, rank_and_world
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FOLDER = "hf"  # of a run directory: what came with an imported model besides its weights
@@ -86,26 +88,29 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def write_shards(
-    directory: Path, sizes: dict[str, int], produce: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES
+    directory: Path,
+    sizes: dict[str, int],
+    produce: Callable[[list[str]], Iterable[tuple[str, Tensor]]],
+    limit: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors in the order they are produced, holding one shard at a time.
+    """Write tensors into shards; ranks share the shards out, each holding one at a time. All ranks call it.
 
-    sizes: bytes of every tensor by name, in the same order: shards are planned before the first is written.
+    sizes: bytes of every tensor by name, in the order of the shards. produce: the tensors of these names.
     """
     plan = _plan(sizes, limit)
     names = {
         i: SINGLE if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))
     }
-    held: dict[str, Tensor] = {}
-    shard = 0
-    for name, tensor in produce:
-        held[name] = tensor.contiguous()
-        if len(held) == len(plan[shard]):
-            assert list(held) == plan[shard], "tensors came in another order than planned"
-            save_file(held, directory / names[shard], metadata={"format": "pt"})
-            held, shard = {}, shard + 1
-    assert shard == len(plan), "fewer tensors than planned"
-    if len(plan) > 1:
+    rank, world = rank_and_world()
+
+    def write() -> None:
+        for i in range(rank, len(plan), world):
+            held = {name: tensor.contiguous() for name, tensor in produce(plan[i])}
+            assert held.keys() == set(plan[i]), "other tensors came than planned"
+            save_file(held, directory / names[i], metadata={"format": "pt"})
+
+    gather(write)
+    if len(plan) > 1 and rank == 0:
         weight_map = {name: names[i] for i, part in enumerate(plan) for name in part}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """A Hugging Face directory becomes a run directory whose only checkpoint holds its weights.
 
 OUT/checkpoints/step_00000000/    an ordinary step directory, without optimizer state
-OUT/config.yaml                   the configuration that `train init.from=OUT` has to be given
+OUT/config.yaml                   the configuration, of which `train init.from=OUT` takes the model
 OUT/hf/                           config.json, and the tokenizer where the source has one: data.tokenizer names it
 """
 

@@ -16,12 +16,18 @@ _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _THEIR_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def written_names(table: Mapping[str, Rule], name: str, shape: torch.Size) -> tuple[Form, list[str]]:
-    """How `name` of ours is written: the form and their names. Raises ValueError when the family has no such tensor."""
+def written_names(
+    table: Mapping[str, Rule], name: str, shape: torch.Size, stacked: bool = False
+) -> tuple[Form, list[str]]:
+    """How `name` of ours is written: the form and their names. Raises ValueError when the family has no such tensor.
+
+    stacked: the last form, which is the stacked one where there are several.
+    """
     rule, layer = _find(table, name)
     if rule is None:
         raise ValueError(f"{name} has no counterpart in this family")
-    return rule.forms[0], rule.forms[0].names(layer, _experts(shape))
+    form = rule.forms[-1 if stacked else 0]
+    return form, form.names(layer, _experts(shape))
 
 
 def match(

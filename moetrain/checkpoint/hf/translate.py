@@ -14,11 +14,17 @@ from moetrain.config.plugins import router_options
 from moetrain.config.schema import Config
 
 _MODEL, _ROUTER = "model.", "router."
+_UNSUPPORTED = {
+    "gpt_oss": "it has attention sinks, alternating sliding windows, biases in experts and router, and a clamped SwiGLU"
+}
+_TRAINING_ONLY = ("warmup_steps", "tied")  # a router's options that change nothing once it is trained
 
 
 def family_of(theirs: Flat) -> Family:
     """The family of a config.json. Raises ValueError for one that is not known."""
     name = theirs.get("model_type")
+    if name in _UNSUPPORTED:
+        raise ValueError(f"model_type={name!r} is not supported: {_UNSUPPORTED[name]}; one of: {', '.join(FAMILIES)}")
     if name not in FAMILIES:
         raise ValueError(f"model_type={name!r} is not supported; one of: {', '.join(FAMILIES)}")
     return FAMILIES[name]
@@ -116,7 +122,9 @@ def flatten(config: Config) -> Flat:
     walk(asdict(config.model), _MODEL)
     if config.model.moe.n_experts:
         router = router_options(config.router)
-        flat["router.kind"] = str(router.pop("_target_")).rpartition(".")[2]
+        flat["router.kind"] = str(router.pop("_target_")).rpartition(".")[2].removeprefix("Warmup")
+        for key in _TRAINING_ONLY:
+            router.pop(key, None)
         if router.pop("order", "pre") == "post":
             router["renormalize"] = True
         walk(router, _ROUTER)
@@ -143,7 +151,8 @@ def _meaningful(config: Config) -> set[str]:
         keys -= {key for key in keys if key.startswith("model.moe.")} - {"model.moe.n_experts"}
     if all(model.is_moe(layer) for layer in range(model.n_layers)):
         keys -= {"model.d_ff"}
-    return keys - {"router.top_k"}
+    # How routing is computed, and rounding, which evaluations do not have, are no part of the function either.
+    return {key for key in keys if not key.startswith("router.rounding.")} - {"router.top_k", "router.kernels"}
 
 
 def _model(flat: Flat, name: str) -> ModelConfig:

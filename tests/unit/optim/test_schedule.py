@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moetrain.optim.schedule import WarmupCosine, WarmupStableDecay, set_lr
+from moetrain.optim.schedule import WarmRestarts, WarmupCosine, WarmupStableDecay, set_lr
 
 pytestmark = pytest.mark.unit
 
@@ -31,6 +31,18 @@ def test_stable_decay_by_hand():
     assert [plateau(step, 3) for step in range(3)] == [1, 1, 1]
 
 
+def test_warm_restarts_by_hand():
+    """Cycles of 4 and 8 updates; in each, two up from 0.2 to the peak, then a half cosine down to 0.2."""
+    schedule = WarmRestarts(period=4, multiply=2, warmup_steps=2, start_ratio=0.2, min_ratio=0.2, decay=0.5)
+    first = [0.6, 1.0, 0.6, 0.2]
+    turns = [0.6 + 0.4 * math.cos(math.pi * i / 6) for i in range(1, 7)]
+    second = [0.5 * value for value in (0.6, 1.0, *turns)]
+    assert [schedule(step, 20) for step in range(12)] == pytest.approx(first + second, abs=1e-15)
+    assert schedule(12, 20) == pytest.approx(0.25 * 0.6)
+    plain = WarmRestarts(period=2, min_ratio=0.0)
+    assert [plain(step, 5) for step in range(5)] == pytest.approx([0.5, 0, 0.5, 0, 0.5], abs=1e-15)
+
+
 def test_runs_shorter_than_the_schedule():
     assert [WarmupCosine(warmup_steps=4)(step, 2) for step in range(2)] == [0.25, 0.5]
     short = WarmupStableDecay(warmup_steps=2, decay_steps=4)  # two updates are left to decay in
@@ -47,6 +59,9 @@ def test_runs_shorter_than_the_schedule():
         (lambda: WarmupCosine(1, 1.5), r"min_ratio is 1.5.*nearest legal value is 1"),
         (lambda: WarmupCosine(1)(4, 4), r"step is 4.*nearest legal value is 3"),
         (lambda: WarmupCosine(1)(-1, 4), r"step is -1.*nearest legal value is 0"),
+        (lambda: WarmRestarts(0), r"period is 0.*nearest legal value is 1"),
+        (lambda: WarmRestarts(4, warmup_steps=4), r"warmup_steps is 4.*nearest legal value is 3"),
+        (lambda: WarmRestarts(4, multiply=0), r"multiply is 0.*nearest legal value is 1"),
         (lambda: WarmupStableDecay(3, 2, math.nan), r"min_ratio is nan"),
         (lambda: WarmupStableDecay(0, 1, shape="cosine"), r"shape is 'cosine'; legal values are 'linear' and 'sqrt'"),
     ],

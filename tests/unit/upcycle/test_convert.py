@@ -8,17 +8,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moetrain.checkpoint.hf.save import export_hf, stored_config
+from moetrain.checkpoint.hf.save import export_hf
 from moetrain.checkpoint.lazy import stored
+from moetrain.checkpoint.stored import stored_config
 from moetrain.checkpoint.use import resolve
 from moetrain.cli import main
+from moetrain.upcycle.base import Model
 from moetrain.upcycle.command import upcycle
-from moetrain.upcycle.convert import build_initializer, convert, open_source
-from moetrain.upcycle.report import parity
+from moetrain.upcycle.convert import build_initializer, convert
+from moetrain.upcycle.report import logits, parity
 
 pytestmark = pytest.mark.unit
 TOKENS_BS = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(1))
-MODEL = {"d_model": 32, "n_layers": 2, "d_ff": 48, "vocab_size": 264, "attention.n_heads": 4, "attention.head_dim": 8}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,9 @@ def source(tmp_path_factory):
 
 def _parity(source, out, name, dtype=torch.float64, granularity=1, **options):
     initializer = build_initializer(name, options, 4, 2, granularity)
-    path, dense, moe = convert(source, out, initializer)
-    return parity((dense, open_source(source)[1]), (moe, stored(path / "model")), TOKENS_BS, dtype)
+    made = convert(source, out, initializer)
+    (measured,) = parity(made.sources, Model(made.config, stored(made.path / "model")), TOKENS_BS, dtype)
+    return measured
 
 
 @pytest.mark.parametrize(("name", "granularity"), [("copy", 1), ("virtual_group", 3)])
@@ -76,6 +78,39 @@ def test_result_opens_in_transformers(source, tmp_path):
     assert (moe.config.num_local_experts, moe.config.num_experts_per_tok) == (12, 6)
 
 
+@pytest.mark.parametrize(
+    ("family", "initializer", "options", "becomes"),
+    [
+        ("qwen2", "virtual_group", {}, "qwen2_moe"),  # its biases fit no family without shared experts: silent ones
+        ("qwen3", "virtual_group", {}, "qwen3_moe"),
+        ("mistral", "efficient_scale", {}, "mixtral"),
+        ("qwen2", "split", {"shared_experts": "4", "shared_gate": "true"}, "qwen2_moe"),
+    ],
+)
+def test_children_of_every_dense_family_open_in_transformers(family, initializer, options, becomes, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 264}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    theirs = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **sizes, **heads, sliding_window=None, bos_token_id=None, eos_token_id=256)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter += 0.1 * torch.randn_like(parameter) if "bias" in name else 0.0
+    theirs.save_pretrained(tmp_path / "dense")
+    made = convert(tmp_path / "dense", tmp_path / "run", build_initializer(initializer, options, 4, 2, 2))
+    assert export_hf(tmp_path / "run", tmp_path / "hf").name == becomes
+    moe, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    want = logits(Model(made.config, stored(made.path / "model")), TOKENS_BS, torch.float32)
+    with torch.no_grad():
+        got = moe.eval()(TOKENS_BS).logits
+        exact = theirs.eval()(TOKENS_BS).logits
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    if initializer != "split":
+        assert (got - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 def test_report_counts_by_hand(source, tmp_path):
     options = {"source": str(source), "out": str(tmp_path / "run"), "upcycle": "virtual_group"}
     text = upcycle({**options, "experts": "4", "top_k": "2", "granularity": "3"})
@@ -95,12 +130,16 @@ def test_training_starts_from_the_result(source, tmp_path):
     assert main(["upcycle", "upcycle=drop", "upcycle.ratio=0.25", *arguments]) == 0
     config = stored_config(resolve(tmp_path / "moe"))
     assert config.model.moe.n_experts == 4
-    sizes = [f"model.{key}={value}" for key, value in MODEL.items()]
-    experts = ["model.attention.n_kv_heads=4", "model.norm_eps=1e-6", "model.moe.n_experts=4", "model.moe.d_expert=48"]
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
     data = ["data=text", f"data.sources.text.path={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"]
     steps = ["train.steps=1", "train.global_batch=2", "train.seq_len=32", "tracker=none", f"run.dir={tmp_path / 'run'}"]
-    assert main(["train", f"init.from={tmp_path / 'moe'}", *sizes, *experts, *data, *steps]) == 0
+    start = ["train", f"init.from={tmp_path / 'moe'}", *data, *steps]
+    assert main([*start, "model.d_model=64"]) == 2
+    added = ["balance=[switch,bias]", 'init.allow=["*.bias_E"]']  # a plugin with state that the checkpoint lacks
+    assert main([*start, *added]) == 0
+    trained = stored_config(resolve(tmp_path / "run"))
+    assert trained.model.moe == config.model.moe
+    assert main(["generate", f"checkpoint={tmp_path / 'run'}", "prompt=the", "max_tokens=2"]) == 0
 
 
 @pytest.mark.parametrize(

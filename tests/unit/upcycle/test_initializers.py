@@ -12,9 +12,11 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.router.softmax import SoftmaxTopK
 from moetrain.testing.fake import fake_context
 from moetrain.upcycle.base import DenseFFN
+from moetrain.upcycle.clusters import balanced_clusters
 from moetrain.upcycle.copy import Copy
+from moetrain.upcycle.diversify import Diversify
 from moetrain.upcycle.drop import Drop
-from moetrain.upcycle.split import Split, balanced_clusters
+from moetrain.upcycle.split import Split
 from moetrain.upcycle.virtual_group import VirtualGroup
 
 pytestmark = pytest.mark.unit
@@ -25,6 +27,7 @@ EXACT = 1e-13  # fp64: a sum of 48 products, in another order
 ALL = [
     lambda: Copy(4, 2),
     lambda: Copy(4, 2, noise=0.1),
+    lambda: Diversify(4, 2),
     lambda: VirtualGroup(4, 2, 3),
     lambda: Drop(4, 2),
     lambda: Drop(4, 2, shared_indices=False),
@@ -51,10 +54,10 @@ def dense(ffn, x_TD):
 
 def layer(initializer, ffn, order="pre", router=None):
     """The MoE layer that the initializer means, and the routing it makes."""
-    made = initializer.experts(ffn, LAYER, range(initializer.n_experts), SEED)
-    routing = SoftmaxTopK(D, initializer.n_experts, initializer.top_k, order, renormalize=initializer.normalized)
+    made = initializer.make(ffn, LAYER, range(initializer.n_experts), SEED)
+    routing = SoftmaxTopK(D, initializer.n_experts, initializer.n_chosen, order, renormalize=initializer.normalized)
     experts = Experts(initializer.n_experts, D, initializer.d_expert(WIDTH), ReferenceExperts())
-    router_ND = initializer.router(D, LAYER, SEED, torch.float64) if router is None else router
+    router_ND = initializer.router(ffn, LAYER, SEED) if router is None else router
     with torch.no_grad():
         for parameter, value in (
             (routing.weight, router_ND),
@@ -86,6 +89,7 @@ def deviation(got, want):
         lambda: VirtualGroup(5, 1, 2),
         lambda: VirtualGroup(4, 2, 1),
         lambda: Drop(4, 2, ratio=0.0),
+        lambda: Diversify(4, 2, mask=0.0),
     ],
 )
 def test_exact_with_gates_that_sum_to_one(make, order, ffn, x_TD):
@@ -141,17 +145,17 @@ def test_the_cube_root_split_would_be_wrong(ffn, x_TD):
 def test_any_range_of_experts_is_a_slice_of_all(make, ffn):
     initializer = make()
     n = initializer.n_experts
-    whole = initializer.experts(ffn, LAYER, range(n), SEED)
+    whole = initializer.make(ffn, LAYER, range(n), SEED)
     for width in (1, n // 2):
         for start in range(0, n, width):
-            part = initializer.experts(ffn, LAYER, range(start, start + width), SEED)
+            part = initializer.make(ffn, LAYER, range(start, start + width), SEED)
             assert torch.equal(part.w_gate_up_n2fD, whole.w_gate_up_n2fD[start : start + width])
             assert torch.equal(part.w_down_nDf, whole.w_down_nDf[start : start + width])
 
 
-@pytest.mark.parametrize("make", [ALL[1], *ALL[3:]])
+@pytest.mark.parametrize("make", [ALL[1], ALL[2], *ALL[4:]])
 def test_random_initializers_depend_on_layer_and_seed(make, ffn):
-    made = [make().experts(ffn, layer, range(4), seed).w_down_nDf for layer, seed in ((0, 0), (1, 0), (0, 1))]
+    made = [make().make(ffn, layer, range(4), seed).w_down_nDf for layer, seed in ((0, 0), (1, 0), (0, 1))]
     if make().__class__ is not Split:
         assert not torch.equal(made[0][0], made[0][1])  # experts differ
     if getattr(make(), "by", "") == "clustering":
@@ -161,26 +165,44 @@ def test_random_initializers_depend_on_layer_and_seed(make, ffn):
 
 
 def test_router_rows():
-    router_ND = VirtualGroup(4, 2, 3).router(4096, 0, SEED, torch.float32)
+    ffn = DenseFFN(torch.zeros(1, 4096), torch.zeros(1, 4096), torch.zeros(4096, 1))
+    router_ND = VirtualGroup(4, 2, 3).router(ffn, 0, SEED)
     groups = router_ND.view(4, 3, 4096)
     assert torch.equal(groups, groups[:, :1].expand(-1, 3, -1))
     assert router_ND.std() == pytest.approx(0.02, rel=0.05)  # 16384 draws: 0.6% standard error
     assert not torch.equal(groups[0], groups[1])
-    assert not torch.equal(router_ND, VirtualGroup(4, 2, 3).router(4096, 1, SEED, torch.float32))
-    assert torch.equal(Copy(4, 2).router(4096, 0, SEED, torch.float32), groups[:, 0])  # by group, not by expert
+    assert not torch.equal(router_ND, VirtualGroup(4, 2, 3).router(ffn, 1, SEED))
+    assert torch.equal(Copy(4, 2).router(ffn, 0, SEED), groups[:, 0])  # by group, not by expert
 
 
 def test_noise_hits_its_share(ffn):
     wide = DenseFFN(*(torch.zeros(400, 400, dtype=torch.float64) for _ in range(3)))
-    made = Copy(2, 2, noise=0.02, noise_share=0.25).experts(wide, 0, range(2), 0)
+    made = Copy(2, 2, noise=0.02, noise_share=0.25).make(wide, 0, range(2), 0)
     changed = made.w_gate_up_n2fD != 0
     assert changed.double().mean() == pytest.approx(0.25, abs=0.005)  # 640000 draws: 0.0005 standard error
     assert made.w_gate_up_n2fD[changed].std() == pytest.approx(0.02, rel=0.02)
 
 
+def test_diversify_masks_its_share():
+    wide = DenseFFN(*(torch.ones(400, 400, dtype=torch.float64) for _ in range(3)))
+    made = Diversify(2, 2, mask=0.25).make(wide, 0, range(2), 0)
+    for weight in (made.w_gate_up_n2fD[0, 0], made.w_gate_up_n2fD[1, 1], made.w_down_nDf[0]):
+        assert (weight == 0).double().mean() == pytest.approx(0.25, abs=0.005)  # 160000 draws: 0.001 standard error
+        assert weight.max() == 1
+    assert not torch.equal(made.w_down_nDf[0], made.w_down_nDf[1])
+
+
+def test_untied_parts_are_chosen_one_by_one(ffn, x_TD):
+    initializer = VirtualGroup(8, 2, 4, router_std=1.0, tied=False)
+    got, routing = run(layer(initializer, ffn), x_TD)
+    groups_TK = (routing.expert_TK // 4).sort(dim=-1).values.view(T, 2, 4)
+    assert not torch.equal(groups_TK, groups_TK[..., :1].expand(-1, -1, 4))
+    assert deviation(got, dense(ffn, x_TD)) > 0.1
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 1.0])
 def test_drop_redraws_floor_of_ratio(ratio, ffn):
-    made = Drop(2, 2, ratio=ratio).experts(ffn, LAYER, range(2), SEED)
+    made = Drop(2, 2, ratio=ratio).make(ffn, LAYER, range(2), SEED)
     for e in range(2):
         rows = [
             (made.w_gate_up_n2fD[e, 0] != ffn.w_gate_FD).any(1),
@@ -193,7 +215,7 @@ def test_drop_redraws_floor_of_ratio(ratio, ffn):
 
 
 def test_drop_can_draw_neurons_per_matrix(ffn):
-    made = Drop(2, 2, shared_indices=False).experts(ffn, LAYER, range(2), SEED)
+    made = Drop(2, 2, shared_indices=False).make(ffn, LAYER, range(2), SEED)
     gate = (made.w_gate_up_n2fD[0, 0] != ffn.w_gate_FD).any(1)
     up = (made.w_gate_up_n2fD[0, 1] != ffn.w_up_FD).any(1)
     assert int(gate.sum()) == int(up.sum()) == WIDTH // 2
@@ -212,10 +234,10 @@ def test_drop_draws_from_what_it_replaces():
 @pytest.mark.parametrize("normalized", [True, False])
 def test_split_is_a_partition_whose_sum_is_the_dense_layer(by, normalized, ffn, x_TD):
     initializer = Split(4, 2, 2, normalized, by=by)
-    parts = initializer.partition(ffn, LAYER, SEED)
+    parts, _ = initializer.partition(ffn, LAYER, SEED)
     assert parts.shape == (8, WIDTH // 8)
     assert torch.equal(parts.flatten().sort().values, torch.arange(WIDTH))
-    made = initializer.experts(ffn, LAYER, range(8), SEED)
+    made = initializer.make(ffn, LAYER, range(8), SEED)
     each = [dense(DenseFFN(gu[0], gu[1], down), x_TD) for gu, down in zip(made.w_gate_up_n2fD, made.w_down_nDf)]
     # Of the N experts k are chosen: scaled by N/k, and by what their gates take away.
     assert initializer.scale == pytest.approx(8 / 4 * (4 if normalized else 8))
@@ -252,10 +274,11 @@ def test_clusters_are_equal_and_found():
         (lambda: Copy(4, 2, 2), "granularity=2"),
         (lambda: Drop(4, 2, 3), "granularity=3"),
         (lambda: Copy(4, 5), "top_k=5 .* nearest legal value: 4"),
+        (lambda: Diversify(4, 2, mask=-0.5), "mask=-0.5; nearest legal value: 0"),
         (lambda: Drop(4, 2, ratio=1.5), "ratio=1.5; nearest legal value: 1"),
         (lambda: VirtualGroup(4, 2, 5).d_expert(48), "granularity=5 .* nearest legal value: 4"),
         (lambda: Split(5, 2).d_expert(48), "nearest legal value of their product: 4"),
-        (lambda: Split(4, 2, by="importance"), "by='importance'"),
+        (lambda: Split(4, 2, by="magic"), "by='magic'; nearest legal value: random"),
     ],
 )
 def test_refusals(make, message):

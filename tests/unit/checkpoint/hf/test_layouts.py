@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.hf.families import FAMILIES
 from moetrain.checkpoint.hf.load import import_hf
-from moetrain.checkpoint.hf.save import export_hf, stored_config
+from moetrain.checkpoint.hf.save import export_hf
 from moetrain.checkpoint.hf.translate import choose, differences, from_hf, read
 from moetrain.checkpoint.lazy import stored
+from moetrain.checkpoint.stored import stored_config
 from moetrain.checkpoint.use import resolve
 from moetrain.cli import main
 from moetrain.config.compose import load_config
@@ -43,6 +44,18 @@ def test_experts_that_are_stacked_on_disk(family, tmp_path):
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
     assert any(name.endswith("experts.gate_up_proj") for name in tiny.tensors(tmp_path / "stacked"))
     assert _same(_imported(tmp_path / "each", tmp_path / "a"), _imported(tmp_path / "stacked", tmp_path / "b"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_may_be_written_stacked(family, tmp_path):
+    model = tiny.make(family, tmp_path / "each")
+    import_hf(tmp_path / "each", tmp_path / "run")
+    assert main(["export", f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'back'}", "experts=stacked"]) == 0
+    names = tiny.tensors(tmp_path / "back")
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    assert not any(".experts.0." in name for name in names)
+    assert torch.equal(tiny.their_logits(tiny.reload(tmp_path / "back")), tiny.their_logits(model))
+    assert main(["export", f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'b'}", "experts=fused"]) == 2
 
 
 def test_shards_in_and_out(tmp_path):
@@ -135,6 +148,7 @@ def test_known_leftovers_are_not_errors(tmp_path):
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("llama", {"model_type": "gpt2"}, "model_type='gpt2'"),
+        ("llama", {"model_type": "gpt_oss"}, "attention sinks"),
     ],
 )
 def test_what_moetrain_cannot_compute_is_refused(family, change, message, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moetrain.checkpoint.hf.load import import_hf
-from moetrain.checkpoint.hf.save import export_hf, stored_config
+from moetrain.checkpoint.hf.save import export_hf
+from moetrain.checkpoint.stored import stored_config
 
 pytestmark = pytest.mark.unit
 

@@ -1,0 +1,67 @@
+"""Converting a model of many layers takes the memory of about one layer, on the way in and on the way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moetrain.checkpoint.hf.save import export_hf
+from moetrain.testing.memory import PeakMemory
+from moetrain.testing.ranks import run_ranks
+from moetrain.upcycle.convert import build_initializer, convert
+
+pytestmark = pytest.mark.distributed
+D, WIDTH, LAYERS, EXPERTS = 256, 1024, 16, 8
+LAYER = 4 * 3 * D * WIDTH * EXPERTS  # bytes of one layer's experts, fp32: 25 MB
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "hf"
+    path.mkdir()
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": D,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = {"model.embed_tokens.weight": (64, D), "lm_head.weight": (64, D), "model.norm.weight": (D,)}
+    for layer in range(LAYERS):
+        here = f"model.layers.{layer}"
+        tensors |= {f"{here}.self_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
+        tensors |= {f"{here}.{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+        tensors |= {f"{here}.mlp.{name}_proj.weight": (WIDTH, D) for name in ("gate", "up")}
+        tensors[f"{here}.mlp.down_proj.weight"] = (D, WIDTH)
+    save_file({name: torch.full(shape, 0.01) for name, shape in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def _upcycle(source: Path, out: Path) -> int:
+    initializer = build_initializer("virtual_group", {}, EXPERTS, 2, 1)
+    with PeakMemory() as peak:
+        convert(source, out, initializer)
+    return peak.bytes
+
+
+def _export(run: Path, out: Path) -> int:
+    with PeakMemory() as peak:
+        export_hf(run, out, shard_bytes=LAYER // 2)
+    return peak.bytes
+
+
+def test_peak_is_near_one_layer(source, tmp_path):
+    whole = LAYERS * LAYER
+    peak = run_ranks(_upcycle, 1, source, tmp_path / "run")[0]
+    # A layer's experts, what the writer still holds of the layer before, one expert being made.
+    assert 0.5 * LAYER < peak < 3 * LAYER < whole / 3
+    peak = run_ranks(_export, 1, tmp_path / "run", tmp_path / "back")[0]
+    # A shard twice; a tensor as read from its file, as loaded, and in parts.
+    assert 0.5 * LAYER < peak < 6 * LAYER < whole / 2
