@@ -116,7 +116,7 @@ class Watchdog:
 
     def _others(self) -> dict[int, str]:
         """Rank -> report, once all are there or the time for that is over."""
-        deadline = time.monotonic() + min(_WAIT_FOR_OTHERS_S, max(2.0, self.timeout_s or _WAIT_FOR_OTHERS_S))
+        deadline = time.monotonic() + _WAIT_FOR_OTHERS_S
         found: dict[int, str] = {}
         while time.monotonic() < deadline and len(found) < self.world:
             try:

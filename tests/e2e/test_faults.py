@@ -87,7 +87,7 @@ def test_a_rank_that_dies_is_restarted_with_the_others_and_the_run_ends_well(tmp
 
 
 def test_a_hang_is_reported_by_every_rank_and_ends_with_1(tmp_path):
-    done = faulty(tmp_path, "hang", 4, "train.steps=9", "run.hang_timeout_s=6")
+    done = faulty(tmp_path, "hang", 4, "train.steps=9", "run.hang_timeout_s=12")
     assert done.returncode == 1
     (folder,) = (tmp_path / "run" / "hangs").iterdir()
     summary = (folder / "summary.txt").read_text()

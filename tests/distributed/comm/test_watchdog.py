@@ -21,7 +21,7 @@ def test_every_rank_says_where_it_is_and_who_is_elsewhere(tmp_path, capfd):
     folder = tmp_path / "hangs" / "0123"
 
     def work():
-        with Watchdog(folder, timeout_s=1.0) as watchdog:
+        with Watchdog(folder, timeout_s=4.0) as watchdog:
             for step in range(1, 5):
                 watchdog.beat(f"step {step}")
                 if step == 3 and dist.get_rank() == 2:
@@ -52,13 +52,13 @@ def test_every_rank_says_where_it_is_and_who_is_elsewhere(tmp_path, capfd):
 
 def test_a_run_that_moves_or_may_take_its_time_is_left_alone(tmp_path):
     def work():
-        with Watchdog(tmp_path / "a", timeout_s=1.0) as watchdog:
+        with Watchdog(tmp_path / "a", timeout_s=3.0) as watchdog:
             for _ in range(8):
-                time.sleep(0.3)
+                time.sleep(0.5)
                 watchdog.beat("step")
         with Watchdog(tmp_path / "b", timeout_s=0.0):
             time.sleep(0.5)
-        time.sleep(1.5)  # a dog that has gone home does not bite
+        time.sleep(1.0)  # a dog that has gone home does not bite
         return "done"
 
     assert run_ranks(work, 2) == ["done", "done"]
@@ -78,7 +78,9 @@ def test_a_run_that_outlasts_its_grace_is_ended(tmp_path):
     assert "not over 0 s after SIGTERM" in (tmp_path / "rank_00000.txt").read_text()
 
 
-def test_a_rank_that_cannot_report_is_named(tmp_path):
+def test_a_rank_that_cannot_report_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("moetrain.comm.watchdog._WAIT_FOR_OTHERS_S", 3.0)
+
     def work():
         with Watchdog(tmp_path, timeout_s=1.0) as watchdog:
             watchdog.beat("step 1")
