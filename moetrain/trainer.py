@@ -108,12 +108,12 @@ class Trainer:
         self.throughput.start()
         self.saver.newest = first if self.store.steps() else -1
         grace_s = self.config.checkpoint.grace_s
-        row: dict[str, Any] | None = None
+        row: dict[str, Any] = {}
         with self.watchdog, StopRequest(lambda name: self.watchdog.end_within(grace_s, name)) as stop:
             while self.step < train.steps:
                 self.watchdog.beat(f"step {self.step + 1}")
                 row, stopping = self.train_step(bool(stop))
-                if row is None:  # rolled back
+                if not row:  # rolled back
                     continue
                 last = stopping or self.step == train.steps
                 with self.throughput.excluded():
@@ -131,8 +131,8 @@ class Trainer:
             self._finish_saves(row)
         self.log.finish()
 
-    def train_step(self, stop: bool = False) -> tuple[dict[str, Any] | None, bool]:
-        """One optimizer step. Returns its metrics row (None: rolled back) and whether any rank was asked to stop."""
+    def train_step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
+        """One optimizer step. Returns its metrics row (empty: rolled back) and whether any rank was asked to stop."""
         seed_step(self.config.run.seed, self.step)
         batches = [self._mine(batch) for batch in self.loader.next_step()]
         totals = self._totals(batches)
@@ -151,7 +151,7 @@ class Trainer:
         wrong = self.guard.judge(sums.ce_loss, sums.loss, norm)
         if wrong:
             if self._bad_step(wrong, sample_ids) == "rollback":
-                return None, False
+                return {}, False
         else:
             clip_(self.parameters, self.config.train.max_grad_norm, norm)
             self.saver.before_update()
@@ -200,12 +200,12 @@ class Trainer:
         for outcome in self.saver.finished():
             self.log.note(str(outcome))
 
-    def _finish_saves(self, row: dict[str, Any] | None) -> None:
+    def _finish_saves(self, row: dict[str, Any]) -> None:
         """A run ends with a checkpoint of its last step; a save that failed is tried once more."""
         self.watchdog.beat("the last checkpoint")
         if self.saver.wait() != self.step:
             self._tell_saves()
-            self.save((row or {}).get("val_loss"))
+            self.save(row.get("val_loss"))
             self.saver.wait()
         self._tell_saves()
         if self.saver.newest != self.step:
@@ -294,6 +294,5 @@ class Trainer:
         if exposed_s := self.saver.exposed_s():
             row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
-            dropless = torch.zeros_like(sums.entropy_L)
-            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, dropless, values[-1])
+            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, sums.dropped_L, values[-1])
         return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,30 @@ def sum_over(groups: list[dist.ProcessGroup], x: Tensor) -> Tensor:
     for group in groups:
         x = all_reduce_sum(x, group)
     return x
+
+
+@dataclass
+class Moving:
+    """Rows on their way to this rank, or already here. Whoever started them waits for them, once."""
+
+    rows: Tensor
+    work: dist.Work | None = None
+    source: Tensor | None = None  # what is being read until then
+
+    def wait(self) -> Tensor:
+        """The rows, ready on the current stream."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.source = None
+        return self.rows
+
+
+def start_all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Moving:
+    """`all_to_all_rows` without a gradient that returns at once; what is computed meanwhile runs beside it."""
+    source = x.contiguous()
+    rows = x.new_empty((sum(receive), *x.shape[1:]))
+    work = dist.all_to_all_single(rows, source, receive, send, group=group, async_op=True)
+    return Moving(rows, work, source)
 
 
 class _AllToAllRows(torch.autograd.Function):

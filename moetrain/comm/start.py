@@ -16,6 +16,8 @@ def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     One process is a world of one, so the same program serves both. GPU worlds get gloo for CPU tensors too, which
     checkpoints use. Raises ValueError when a host has fewer GPUs than ranks.
     """
+    # Hardware queues for more streams than CUDA's default of 8: in a shared one, a wait holds up what came after it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = _device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)

@@ -11,13 +11,19 @@ from typing import Any
 from moetrain.config.schema import Config
 
 PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
-# Keys beside a router's own options, for every router: see observe/tape.py.
+# Keys beside a plugin's own options: for every router (observe/tape.py), for every dispatcher (moe/capacity.py).
 ROUTER_KEYS = ("record", "replay")
+DISPATCH_KEYS = ("capacity",)
 
 
 def router_options(router: Mapping[str, Any]) -> dict[str, Any]:
     """The `router` group without the keys that are not the plugin's."""
     return {key: value for key, value in router.items() if key not in ROUTER_KEYS}
+
+
+def dispatch_options(dispatch: Mapping[str, Any]) -> dict[str, Any]:
+    """The `dispatch` group without the keys that are not the plugin's."""
+    return {key: value for key, value in dispatch.items() if key not in DISPATCH_KEYS}
 
 
 def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -14,8 +15,12 @@ class Kept:
     A recomputed pass takes them over: a choice made again could differ by rounding, and would then have its gradient
     taken at other experts than its loss; counts and balance losses taken again would count twice.
 
-    expert_TK: the chosen experts. rows: (rows sent, rows received) per rank of an exchange, which need no second one.
+    expert_TK: the chosen experts. keep_TK: those that capacity did not drop.
+    rows: (rows sent, rows received) per rank of an exchange, which need no second one.
+    calls: None before the exchange's first pass, then what its recomputed pass leaves for the backward pass.
     """
 
     expert_TK: Tensor | None = None
+    keep_TK: Tensor | None = None
     rows: tuple[list[int], list[int]] | None = None
+    calls: list[Any] | None = None

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.moe.balance.base import Balance, attach_gradients, attach_loss, kept_graph
-from moetrain.moe.dispatch.base import Dispatcher
-from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.capacity import Capacity, without_dropped
 from moetrain.moe.experts.module import Experts
 from moetrain.moe.kept import Kept
 from moetrain.moe.shared import SharedExperts
@@ -23,8 +22,8 @@ DIFFERENTIABLE = ("gate_TK", "balance_TE", "logit_TE")
 class MoELayer(nn.Module):
     """router: (x_TD, context, bias_E, carry) -> Routing. balance: name -> plugin. shared: experts every token visits.
 
-    The dispatcher starts as the local one; parallel/ep.py replaces it when the experts are divided between ranks.
-    kept: set by parallel/recompute.py around each pass. tape: set by the trainer to record or replay routing.
+    capacity: set by parallel/ep.py; None drops nothing. kept: set by parallel/recompute.py around each pass.
+    tape: set by the trainer to record or replay routing.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.balance = nn.ModuleDict(balance)
         self.shared = shared
-        self.dispatcher: Dispatcher = LocalDispatch()
+        self.capacity: Capacity | None = None
         self.stats = RoutingStats()
         self.kept: Kept | None = None
         self.tape: LayerTape | None = None
@@ -48,7 +47,7 @@ class MoELayer(nn.Module):
         training = torch.is_grad_enabled()  # evaluation moves neither losses nor counters
         again = self.kept is not None and self.kept.expert_TK is not None
         routing = self._route(x_TD, context, carry, training and not again)
-        y_TD = self.dispatcher(x_TD, routing, self.experts)
+        y_TD = self.experts(x_TD, self._limit(routing) if training else routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if training and not again:
@@ -73,6 +72,19 @@ class MoELayer(nn.Module):
             kept.expert_TK = routing.expert_TK
             routing = replace(routing, kept=kept)
         return routing
+
+    def _limit(self, routing: Routing) -> Routing:
+        """What is dispatched in training. Balance losses and counts look at the choices before anything is dropped."""
+        if self.capacity is None:
+            return routing
+        kept = self.kept
+        keep_TK = kept.keep_TK if kept is not None else None
+        if keep_TK is None:
+            keep_TK = self.capacity.keep(routing)
+            self.stats.drop(((routing.expert_TK >= 0) & ~keep_TK).sum())
+        if kept is not None:
+            kept.keep_TK = keep_TK
+        return without_dropped(routing, keep_TK, self.capacity)
 
     def _selection_bias(self) -> Tensor | None:
         biases = [plugin.bias_E for plugin in self.plugins().values() if plugin.bias_E is not None]

@@ -14,6 +14,7 @@ class RoutingStats:
     def __init__(self) -> None:
         self.count_E: Tensor | None = None  # int64 choices by valid tokens, before any drop
         self.entropy: Tensor | None = None  # fp64 sum over valid tokens of the balance scores' entropy, nats
+        self.dropped: Tensor | None = None  # int64 choices that capacity dropped; None without one
         self.losses: dict[str, Tensor] = {}  # fp64, this rank's part of each auxiliary loss
 
     def add(self, routing: Routing, losses: dict[str, Tensor]) -> None:
@@ -26,6 +27,10 @@ class RoutingStats:
             part = loss.detach().double()
             self.losses[name] = self.losses[name] + part if name in self.losses else part
 
+    def drop(self, choices: Tensor) -> None:
+        """choices: 0-d count of this micro-batch."""
+        self.dropped = choices if self.dropped is None else self.dropped + choices
+
     def reset(self) -> None:
-        self.count_E, self.entropy = None, None
+        self.count_E, self.entropy, self.dropped = None, None, None
         self.losses = {}

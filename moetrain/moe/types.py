@@ -72,6 +72,7 @@ class Routing:
     context: the tokens it was made for. carry: what the next MoE layer's router may look at.
     top_k: how many experts a token chose; rounding may give it more slots or fewer experts (router/rounding.py).
     kept: where a dispatcher may leave what a recomputed pass need not work out again; None without recomputation.
+    bounded: a capacity keeps what goes from rank to rank below ExchangeShape.rows.
     """
 
     expert_TK: Tensor
@@ -84,3 +85,4 @@ class Routing:
     carry: Tensor | None = None
     top_k: int = 0
     kept: Kept | None = None
+    bounded: bool = False

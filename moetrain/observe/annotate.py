@@ -23,7 +23,7 @@ def annotate(model: nn.Module) -> None:
         _wrap(layer.router, "router")
         if layer.shared is not None:
             _wrap(layer.shared, "shared experts")
-        layer.dispatcher = _labelled(layer.dispatcher, "dispatch")
+        layer.experts.dispatcher = _labelled(layer.experts.dispatcher, "dispatch")
         layer.experts.backend = _labelled(layer.experts.backend, "experts")
 
 

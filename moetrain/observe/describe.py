@@ -10,10 +10,10 @@ from moetrain.mesh.layout import Layout
 from moetrain.plan.params import count
 
 
-def describe(config: Config, layout: Layout, device: str, step: int, experts: str = "") -> dict[str, Any]:
+def describe(config: Config, layout: Layout, device: str, step: int, experts: str) -> dict[str, Any]:
     """Label -> text for the console. device: its type. step: the one that the run continues from.
 
-    experts: what experts=auto chose and why, if anything.
+    experts: which of their backends was chosen and why, empty if there was no choice.
     """
     parameters = count(config.model)
     degrees = {**layout.attention, **layout.expert}

@@ -17,7 +17,7 @@ class StepSums:
     """Sums over all ranks and micro-batches of one step, on the device. L MoE layers, E experts.
 
     ce_loss, losses: 0-d fp64 terms of the objective. stop: ranks that were asked to stop. count_LE: int64.
-    entropy_L: fp64, nats times tokens.
+    entropy_L: fp64, nats times tokens. dropped_L: fp64, choices that capacity dropped.
     """
 
     ce_loss: Tensor
@@ -25,6 +25,7 @@ class StepSums:
     losses: dict[str, Tensor]
     count_LE: Tensor
     entropy_L: Tensor
+    dropped_L: Tensor
 
     @property
     def loss(self) -> Tensor:
@@ -49,25 +50,29 @@ def reduce_step(
     zero = torch.zeros((), dtype=torch.float64, device=ce_loss.device)
     of_loss = [sum((layer.stats.losses.get(name, zero) for layer in here), start=zero) for name in names]
     head = [ce_loss.double(), torch.full_like(zero, float(stop)), *of_loss]
-    entropies, counts = [], []
+    entropies, dropped, counts = [], [], []
     for layer in layers:
         if layer is None:
             entropies.append(zero)
+            dropped.append(zero)
             counts.append(zero.expand(n_experts))
             continue
         assert layer.stats.count_E is not None, "a MoE layer routed nothing in this step"
         assert layer.stats.entropy is not None
         entropies.append(layer.stats.entropy)
+        dropped.append(zero if layer.stats.dropped is None else layer.stats.dropped.double())
         counts.append(layer.stats.count_E.double())
         layer.stats.reset()
-    flat = torch.cat([torch.stack(head + entropies), *counts])
+    flat = torch.cat([torch.stack(head + entropies + dropped), *counts])
     for group in groups:
         flat = all_reduce_sum(flat, group)
-    scalars, rest = flat[: len(head) + len(layers)], flat[len(head) + len(layers) :]
+    scalars, rest = flat.tensor_split([len(head) + 2 * len(layers)])
+    entropy_L, dropped_L = scalars[len(head) :].tensor_split(2)
     return StepSums(
         ce_loss=scalars[0],
         stop=scalars[1],
         losses={f"aux/{name}": scalars[2 + i] for i, name in enumerate(names)},
         count_LE=rest.view(len(layers), -1).long() if layers else rest.view(0, 0).long(),
-        entropy_L=scalars[len(head) :],
+        entropy_L=entropy_L,
+        dropped_L=dropped_L,
     )

@@ -62,7 +62,7 @@ def divide(model: Decoder, config: Config, meshes: Meshes) -> list[Stage]:
     piped = config.parallel.pp > 1
     mine = keep_stages(model, config, meshes) if piped else []  # 1. which layers are here
     apply_tp(model, meshes)  # 2. which heads, columns, and words are here
-    apply_ep(model, meshes, config.dispatch)  # 3. which experts are here
+    apply_ep(model, meshes, config)  # 3. which experts are here
     apply_cp(model, meshes, config.parallel.cp_method)  # 4. which positions of a row are here
     apply_compile(model, config.parallel.compile)  # 5. what is compiled
     apply_recompute(list(model.layers.values()), config.parallel.recompute)  # 6. what a forward pass stores

@@ -25,6 +25,7 @@ from moetrain.mesh.layout import axis_groups
 from moetrain.model.decoder import Criterion, Decoder
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.types import TokenContext
+from moetrain.parallel.ep import COMPUTE_DTYPE
 from moetrain.parallel.tp import VocabEmbedding
 
 SCHEDULES: dict[str, Any] = {
@@ -33,7 +34,6 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-COMPUTE_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.kept import Kept
 from moetrain.moe.layer import MoELayer
 
@@ -29,9 +30,10 @@ def apply_recompute(blocks: list[nn.Module], policy: str) -> None:
         if policy == "full":
             _recompute(block, layers)
         elif policy == "selective":
-            for inner in (block.attention, *(layer.experts for layer in layers)):
-                assert isinstance(inner, nn.Module)
-                _recompute(inner, [])
+            assert isinstance(block.attention, nn.Module)
+            _recompute(block.attention, [])
+            for layer in layers:  # only what is computed: the exchange around it is not repeated
+                layer.experts.backend = _recomputed(layer.experts.backend)
 
 
 def _recompute(module: nn.Module, layers: list[MoELayer]) -> None:
@@ -45,6 +47,14 @@ def _recompute(module: nn.Module, layers: list[MoELayer]) -> None:
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     module.forward = forward
+
+
+def _recomputed(backend: ExpertBackend) -> ExpertBackend:
+    def call(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
+        inputs = (x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF)
+        return checkpoint(backend, *inputs, use_reentrant=False) if torch.is_grad_enabled() else backend(*inputs)
+
+    return call
 
 
 @contextmanager

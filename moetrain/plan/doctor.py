@@ -212,6 +212,7 @@ _BACKENDS: tuple[tuple[str, Callable[[], list[str]]], ...] = (
     ),
     ("dispatch=local", lambda: _module("moetrain.moe.dispatch.local")),
     ("dispatch=collective", lambda: _module("moetrain.moe.dispatch.collective") + _collective()),
+    ("dispatch=allgather", lambda: _module("moetrain.moe.dispatch.allgather") + _collective()),
     ("dispatch=copy_engine", _copy_engine),
     (
         "dispatch=deepep",

@@ -59,6 +59,7 @@ class Chaos:
         self.straight, self.run_dir = root / "straight", root / "runs" / "0"
         self.rows: list[dict[str, Any]] = []
         self.events: list[int] = []  # of the run, before this start
+        self.starts = 0
         self.runs, self.lost_steps, self.kinds = 0, 0, Counter[str]()
 
     def reference(self) -> None:
@@ -173,11 +174,12 @@ class Chaos:
             launch.kill()
 
     def _overrides(self, run_dir: Path) -> list[str]:
+        self.starts += 1
         return [
             *MODEL, *self.data, f"run.dir={run_dir}", f"train.steps={STEPS}", "train.eval_every=0",
             "train.log_every=1000", "train.micro_batch=1", "run.log_samples=true", "run.hang_timeout_s=60",
             f"checkpoint.every={EVERY}", "checkpoint.keep=2",
-            f"checkpoint.asynchronous={self.runs % 2 == 0}",
+            f"checkpoint.asynchronous={self.starts % 2 == 0}",
         ]  # fmt: skip
 
     def _log(self, name: str) -> Path:
@@ -199,7 +201,7 @@ class Chaos:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        log, pids = self._log(name), []
+        log, pids, overrides = self._log(name), [], self._overrides(run_dir)
         for rank in range(WORLD):
             pid = os.fork()
             if pid == 0:
@@ -210,7 +212,7 @@ class Chaos:
                         os.dup2(file.fileno(), 2)
                     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
                     os.environ.update(place, **{key: str(value) for key, value in ranks.items()})
-                    code = cli.main(["train", *self._overrides(run_dir)])
+                    code = cli.main(["train", *overrides])
                     sys.stdout.flush()
                 finally:
                     os._exit(code)

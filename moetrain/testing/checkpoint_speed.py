@@ -56,7 +56,7 @@ def main() -> None:
     found |= _blocks(trainer, arguments.block, begin + arguments.seconds)
     trainer.save()
     trainer.saver.wait()
-    rows = [trainer.train_step()[0] or {} for _ in range(AFTER)]
+    rows = [trainer.train_step()[0] for _ in range(AFTER)]
     found["after"] = [{key: row[key] for key in ("step", "loss", "grad_norm")} for row in rows]
     if trainer.rank0:
         Path(arguments.out).write_text(json.dumps(found))

@@ -7,9 +7,9 @@ fp32 is held to its first step only.
 import pytest
 import torch
 
+from moetrain.moe.dispatch import exchange
 from moetrain.parallel import fsdp
 from moetrain.testing import run_ranks
-from moetrain.testing.faults import doubled
 from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import compare, flips, record
 
@@ -78,10 +78,8 @@ def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monke
     if fault == "mean instead of sum":
         monkeypatch.setattr(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
     elif fault == "experts doubled":
-        from moetrain.moe.dispatch import collective
-
-        plain = collective.all_to_all_rows
-        monkeypatch.setattr(collective, "all_to_all_rows", lambda x, *a: doubled(plain(x, *a)))
+        plain = exchange._Call.gradients
+        monkeypatch.setattr(exchange._Call, "gradients", lambda call, dy: plain(call, 2 * dy))
     else:
         more = ["balance.switch.scope=micro_batch"]
         from moetrain.moe.balance import switch

@@ -47,6 +47,15 @@ def test_recompute_changes_nothing(policy, world, documents, stored, tmp_path):
         assert all(mine.row[key] == pytest.approx(theirs.row[key], rel=BAR, abs=0) for key in counted)
 
 
+@pytest.mark.parametrize("dispatch", ["collective", "allgather"])
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_recompute_with_rows_in_pieces(policy, dispatch, documents, stored, tmp_path):
+    """Graphs of several calls of the experts pass from the recomputed pass to the backward pass."""
+    more = [f"parallel.recompute={policy}", "parallel.ep=2", f"dispatch={dispatch}", "dispatch.chunks=3"]
+    difference = compare(train(documents, tmp_path, 2, *more, steps=2), stored[2][:2])
+    assert max(difference.loss, difference.norm, difference.gradient) < 1e-11, difference
+
+
 def test_keeping_gathered_parameters_changes_nothing(documents, stored, tmp_path):
     more = ["parallel.reshard_after_forward=false", "parallel.recompute=full", "parallel.ep=2"]
     difference = compare(train(documents, tmp_path, 2, *more, steps=2), stored[2][:2])

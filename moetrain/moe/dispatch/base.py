@@ -1,28 +1,73 @@
-"""What a dispatcher does: bring tokens to their experts and the weighted results back."""
+"""What a dispatcher does: bring tokens to their experts and the weighted results back.
+
+Shape suffixes: T tokens here, M rows that came to this rank's experts, K expert slots per token, L = 2K labels.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
+Weights = tuple[Tensor, Tensor]  # w_gate_up_E2FD, w_down_EDF of this rank's experts
 
-class ExpertFn(Protocol):
-    """This rank's experts: sum over slots of gate * expert(x), for rows that are here.
 
-    x_TD, expert_TK (ids among this rank's experts, -1 for an unused slot), gate_TK -> y_TD.
+@dataclass(frozen=True)
+class ExchangeShape:
+    """What a dispatcher may choose by and size its buffers from.
+
+    tokens: the most that a rank routes at once. dtype: of hidden states. device_type: cpu | cuda.
+    rows: the most that a rank sends to another of a routing that is `bounded`; None if nothing is.
+    fixed_slots: every token has top_k expert slots, never more.
     """
 
-    def __call__(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor: ...
+    tokens: int
+    d_model: int
+    top_k: int
+    dtype: torch.dtype
+    device_type: str
+    rows: int | None = None
+    fixed_slots: bool = True
 
 
 class Dispatcher(Protocol):
     """y_TD = sum over the chosen experts, wherever they are, of gate * expert(x).
 
-    Expert e lives on rank e // (E / ep) of the ep group. A token goes once to each rank that holds any of its experts,
-    and that rank returns one row: its partial sum. Every rank of the group takes part in every call.
+    Expert e lives on rank e // (E / ep) of the ep group. A token goes at most once to each rank, and that rank returns
+    one row: the sum over its experts. Every rank of the group takes part in every call, with the same T or its own as
+    the dispatcher says. Differentiable in x, the gates, and the weights, which get a gradient even without a token.
+    One dispatcher serves all layers of a model, several of whose micro-batches may be under way at once.
     """
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertFn) -> Tensor: ...
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBackend, weights: Weights) -> Tensor: ...
+
+
+class Leg(Protocol):
+    """Rows on their way, all out and then all home, for one direction of a pass. Used once, in this order."""
+
+    def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
+        """The rows [M, D] and labels [M, L] of one piece that came to this rank, ready on the current stream."""
+
+    def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
+        """Start the way home of what this rank has for the rows of a piece."""
+
+    def collect(self) -> tuple[Tensor, Tensor | None]:
+        """[T, D] and [T, K]: for each token here the sum of all that was given for its rows anywhere."""
+
+
+class Trip(Protocol):
+    """Which rows of one micro-batch go where, in which pieces: what moves in both passes. made once, from the routing.
+
+    pieces: calls of the experts, the same number on every rank; the first should need no waiting.
+    """
+
+    pieces: int
+
+    def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> Leg:
+        """Send every token's row to all ranks that hold any of its experts. Labels are small and travel along; they
+        arrive as -1 in rows that stand for no token."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.comm.shards import gather_shards, sum_scatter
-from moetrain.moe.dispatch.base import Dispatcher, ExpertFn
+from moetrain.moe.dispatch.base import Dispatcher, Weights
+from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 
@@ -22,13 +23,17 @@ class SlicedDispatch:
     def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
         self.inner, self.group = inner, group
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertFn) -> Tensor:
-        def over_all_slices(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
-            return self._compute(x_TD, expert_TK, gate_TK, experts)
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBackend, weights: Weights) -> Tensor:
+        def over_all_slices(
+            x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
+        ) -> Tensor:
+            return self._compute(x_TD, expert_TK, gate_TK, experts, (w_gate_up_E2FD, w_down_EDF))
 
-        return self.inner(x_TD, routing, over_all_slices)
+        return self.inner(x_TD, routing, over_all_slices, weights)
 
-    def _compute(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, experts: ExpertFn) -> Tensor:
+    def _compute(
+        self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, experts: ExpertBackend, weights: Weights
+    ) -> Tensor:
         rows = x_MD.shape[0]
         missing = self._most(rows, x_MD.device) - rows
         # Rows are padded to the group's largest count. Unused slots are a normal input, so padding needs no removal.
@@ -37,7 +42,7 @@ class SlicedDispatch:
         x_ND = gather_shards(x_MD, 0, self.group)
         gate_NK = gather_shards(gate_MK, 0, self.group)
         expert_NK = gather_shards(expert_MK, 0, self.group).long()
-        return sum_scatter(experts(x_ND, expert_NK, gate_NK), 0, self.group)[:rows]
+        return sum_scatter(experts(x_ND, expert_NK, gate_NK, *weights), 0, self.group)[:rows]
 
     def _most(self, rows: int, device: torch.device) -> int:
         """The largest row count in the group, at least 1 because collectives dislike empty tensors. Waits for it."""

@@ -1,13 +1,19 @@
-"""The collective dispatcher against one process with all experts, in fp64, with different tokens on every rank."""
+"""Every dispatcher against one process with all experts, in fp64, with different tokens on every rank."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moetrain.moe.dispatch.collective import CollectiveDispatch
+from moetrain.moe.dispatch import allgather, auto, collective
+from moetrain.moe.dispatch.base import ExchangeShape
+from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.sliced import SlicedDispatch
+from moetrain.moe.experts.grouped_mm import GroupedMMExperts
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
@@ -15,6 +21,14 @@ from moetrain.testing.fake import fake_context
 
 pytestmark = pytest.mark.distributed
 D, H, E, K, WORLD = 8, 6, 8, 3, 4
+CASES = ["plain", "uneven", "nothing_on_rank_1", "all_to_one_expert", "unused_slots"]
+SHAPE = ExchangeShape(tokens=14, d_model=D, top_k=K, dtype=torch.float64, device_type="cpu")
+PADDED = replace(SHAPE, rows=14)
+TRANSPORTS = {
+    **{f"collective {chunks}": (collective, chunks) for chunks in (1, 2, 3, 4, 5)},
+    **{f"collective {chunks} padded": (collective, chunks) for chunks in (1, 3)},
+    **{f"allgather {chunks}": (allgather, chunks) for chunks in (1, 3)},
+}
 
 
 def data(rank, case):
@@ -40,82 +54,223 @@ def weights():
     )
 
 
+def own_weights():
+    block = slice(dist.get_rank() * E // WORLD, (dist.get_rank() + 1) * E // WORLD)
+    return tuple(w[block].clone().requires_grad_() for w in weights())
+
+
 def routing(expert, gate):
+    """As if a capacity had bounded it: dispatchers without a bound must not care."""
     none = torch.empty(0)
-    return Routing(expert, gate, none, none, none, none, fake_context(1, max(len(expert), 1)))
+    return Routing(expert, gate, none, none, none, none, fake_context(1, max(len(expert), 1)), bounded=True)
 
 
-def one_rank(case):
-    rank = dist.get_rank()
-    x, expert, gate, upstream = data(rank, case)
-    block = slice(rank * E // WORLD, (rank + 1) * E // WORLD)
-    w1, w2 = (w[block].clone().requires_grad_() for w in weights())
-    backend = ReferenceExperts()
-    dispatcher = CollectiveDispatch(E, dist.group.WORLD)
-    y = dispatcher(x, routing(expert, gate), lambda a, b, c: backend(a, b, c, w1, w2))
-    y.backward(upstream)
-    return y.detach(), x.grad, gate.grad, w1.grad, w2.grad
+def make(name):
+    module, chunks = TRANSPORTS[name]
+    return module.build(E, dist.group.WORLD, PADDED if name.endswith("padded") else SHAPE, chunks)
 
 
-@pytest.mark.parametrize("case", ["plain", "uneven", "nothing_on_rank_1", "all_to_one_expert", "unused_slots"])
-def test_equals_one_process(case):
-    ranks = run_ranks(one_rank, WORLD, case)
-    w1, w2 = (w.requires_grad_() for w in weights())
+def one_rank(name, cases):
+    """y and all gradients, of every case in turn with one dispatcher."""
+    dispatcher, results = make(name), {}
+    for case in cases:
+        if name.endswith("padded") and case == "nothing_on_rank_1":
+            continue  # static shapes are for training, where every rank has tokens
+        x, expert, gate, upstream = data(dist.get_rank(), case)
+        w = own_weights()
+        y = dispatcher(x, routing(expert, gate), ReferenceExperts(), w)
+        y.backward(upstream)
+        results[case] = y.detach(), x.grad, gate.grad, *(t.grad for t in w)
+    return results
+
+
+def single_process(case):
+    """Per rank (y, dx, dgate) and the weights' gradients."""
+    w, of_rank = tuple(t.requires_grad_() for t in weights()), []
     for rank in range(WORLD):
         x, expert, gate, upstream = data(rank, case)
-        y = LocalDispatch()(x, routing(expert, gate), lambda a, b, c: ReferenceExperts()(a, b, c, w1, w2))
+        y = LocalDispatch()(x, routing(expert, gate), ReferenceExperts(), w)
         y.backward(upstream)
-        for got, expected in zip(ranks[rank][:3], (y, x.grad, gate.grad)):
-            torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=1e-12)
-    for index, w in ((3, w1), (4, w2)):
-        got = torch.cat([r[index] for r in ranks])
-        torch.testing.assert_close(got, w.grad, rtol=1e-12, atol=1e-12)
+        of_rank.append((y.detach(), x.grad, gate.grad))
+    return of_rank, [t.grad for t in w]
 
 
-def one_rank_of_slices(case, ep):
+def assert_close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSPORTS if name != "collective 4"])
+def test_equals_one_process(name):
+    ranks = run_ranks(one_rank, WORLD, name, CASES)
+    for case in ranks[0]:
+        of_rank, dw = single_process(case)
+        for rank in range(WORLD):
+            for got, expected in zip(ranks[rank][case][:3], of_rank[rank]):
+                assert_close(got, expected)
+        for index, expected in enumerate(dw, start=3):
+            assert_close(torch.cat([r[case][index] for r in ranks]), expected)
+
+
+def two_in_flight(name):
+    """1F1B in miniature: two micro-batches forward, other groups' collectives between, then backward, oldest first."""
+    other = dist.new_group(list(range(WORLD)))
+    dispatcher, w, under_way = make(name), own_weights(), []
+    for case in ("plain", "unused_slots"):
+        x, expert, gate, upstream = data(dist.get_rank(), case)
+        noise = torch.ones(1000)
+        work = dist.all_reduce(noise, group=other, async_op=True)
+        under_way.append((dispatcher(x, routing(expert, gate), ReferenceExperts(), w), x, gate, upstream, work))
+    for y, _, _, upstream, work in under_way:
+        y.backward(upstream)
+        work.wait()
+    return [(y.detach(), x.grad, gate.grad) for y, x, gate, _, _ in under_way], [t.grad for t in w]
+
+
+@pytest.mark.parametrize("name", ["collective 3", "allgather 3"])
+def test_micro_batches_in_flight_and_other_communicators(name):
+    ranks = run_ranks(two_in_flight, WORLD, name)
+    total = [0, 0]
+    for index, case in enumerate(("plain", "unused_slots")):
+        of_rank, dw = single_process(case)
+        for rank in range(WORLD):
+            for got, expected in zip(ranks[rank][0][index], of_rank[rank]):
+                assert_close(got, expected)
+        total = [a + b for a, b in zip(total, dw)]
+    for index in range(2):
+        assert_close(torch.cat([r[1][index] for r in ranks]), total[index])
+
+
+def one_rank_of_slices(cases, ep, chunks):
     """ep blocks of experts, the width cut over the other ranks: world = ep * etp, etp fastest."""
-    rank, etp = dist.get_rank(), WORLD // ep
-    x, expert, gate, upstream = data(rank, case)
+    rank, etp, results = dist.get_rank(), WORLD // ep, {}
     block = slice(rank // etp * E // ep, (rank // etp + 1) * E // ep)
     width = slice(rank % etp * H // etp, (rank % etp + 1) * H // etp)
-    w1, w2 = weights()
-    w1, w2 = w1[block, :, width].clone().requires_grad_(), w2[block, :, width].clone().requires_grad_()
     mesh = init_device_mesh("cpu", (ep, etp), mesh_dim_names=("ep", "etp"))
-    inner = CollectiveDispatch(E, mesh.get_group("ep")) if ep > 1 else LocalDispatch()
-    backend = ReferenceExperts()
+    inner = collective.build(E, mesh.get_group("ep"), SHAPE, chunks) if ep > 1 else LocalDispatch()
     dispatcher = SlicedDispatch(inner, mesh.get_group("etp"))
-    y = dispatcher(x, routing(expert, gate), lambda a, b, c: backend(a, b, c, w1, w2))
-    y.backward(upstream)
-    return y.detach(), x.grad, gate.grad, w1.grad, w2.grad, block, width
-
-
-@pytest.mark.parametrize(
-    ("ep", "case"), [(1, "uneven"), (2, "uneven"), (2, "nothing_on_rank_1"), (2, "all_to_one_expert")]
-)
-def test_slices_of_experts_equal_one_process(ep, case, monkeypatch):
-    monkeypatch.setitem(globals(), "H", 8)  # a width that four ranks can share
-    ranks = run_ranks(one_rank_of_slices, WORLD, case, ep)
-    w1, w2 = (w.requires_grad_() for w in weights())
-    for rank in range(WORLD):
+    for case in cases:
         x, expert, gate, upstream = data(rank, case)
-        y = LocalDispatch()(x, routing(expert, gate), lambda a, b, c: ReferenceExperts()(a, b, c, w1, w2))
+        w1, w2 = weights()
+        w1, w2 = w1[block, :, width].clone().requires_grad_(), w2[block, :, width].clone().requires_grad_()
+        y = dispatcher(x, routing(expert, gate), ReferenceExperts(), (w1, w2))
         y.backward(upstream)
-        for got, expected in zip(ranks[rank][:3], (y, x.grad, gate.grad)):
-            torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=1e-12)
-    for *_, got1, got2, block, width in ranks:
-        torch.testing.assert_close(got1, w1.grad[block, :, width], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(got2, w2.grad[block, :, width], rtol=1e-12, atol=1e-12)
+        results[case] = y.detach(), x.grad, gate.grad, w1.grad, w2.grad
+    return results, block, width
 
 
-def test_a_token_travels_once_per_rank_not_once_per_expert(monkeypatch):
+@pytest.mark.parametrize(("ep", "chunks"), [(1, 1), (2, 1), (2, 3)])
+def test_slices_of_experts_equal_one_process(ep, chunks, monkeypatch):
+    monkeypatch.setitem(globals(), "H", 8)  # a width that four ranks can share
+    cases = ["uneven", "nothing_on_rank_1", "all_to_one_expert"]
+    ranks = run_ranks(one_rank_of_slices, WORLD, cases, ep, chunks)
+    for case in cases:
+        of_rank, (dw1, dw2) = single_process(case)
+        for rank, (results, block, width) in enumerate(ranks):
+            for got, expected in zip(results[case][:3], of_rank[rank]):
+                assert_close(got, expected)
+            assert_close(results[case][3], dw1[block, :, width])
+            assert_close(results[case][4], dw2[block, :, width])
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_token_travels_once_per_rank_not_once_per_expert(chunks):
     def one():
         rows = []
         x, expert, gate, _ = data(dist.get_rank(), "plain")
-        CollectiveDispatch(E, dist.group.WORLD)(x, routing(expert, gate), lambda a, b, c: rows.append(len(a)) or a * 0)
-        return expert, rows[0]
+        count = lambda x, slots, gates, *w: rows.append(len(x)) or x * 0  # noqa: E731
+        with torch.no_grad():
+            make(f"collective {chunks}")(x, routing(expert, gate), count, weights())
+        return expert, sum(rows)
 
     ranks = run_ranks(one, WORLD)
     expert = torch.cat([r[0] for r in ranks])
     for rank in range(WORLD):
         wanted = sum(any(int(e) // (E // WORLD) == rank for e in row) for row in expert)
         assert ranks[rank][1] == wanted
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: reading values, and shapes that depend on them."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        name = fn.__name__.split(".")[0]
+        by_mask = name in ("index", "index_put_") and any(
+            t is not None and t.dtype is torch.bool for t in args[1] if t is None or isinstance(t, torch.Tensor)
+        )
+        if by_mask or any(name.startswith(wait) for wait in self.WAITS):
+            self.found.append(name)
+        return fn(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """A dispatch mode imports for seconds when first used: here, once, before ranks are forked."""
+    with HostReads():
+        torch.ones(1) + 1
+
+
+def host_reads(name):
+    """(host reads forward, backward) of one layer; tolist and item go around the dispatcher."""
+    reads = HostReads()
+    plain = {method: getattr(torch.Tensor, method) for method in ("tolist", "item", "__bool__", "__int__", "cpu")}
+    for method, call in plain.items():
+        counted = lambda t, *a, call=call, method=method: reads.found.append(method) or call(t, *a)  # noqa: E731
+        setattr(torch.Tensor, method, counted)
+    x, expert, gate, upstream = data(dist.get_rank(), "unused_slots")
+    x, gate = (t.detach().float().requires_grad_() for t in (x, gate))
+    w = (torch.ones(E // WORLD, 2, 8, D).requires_grad_(), torch.ones(E // WORLD, D, 8).requires_grad_())
+    with reads:
+        y = make(name)(x, routing(expert, gate), GroupedMMExperts(), w)
+        forward = list(reads.found)
+        y.backward(upstream.float())
+    for method, call in plain.items():
+        setattr(torch.Tensor, method, call)
+    return forward, reads.found[len(forward) :]
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("collective 1", 1), ("collective 3", 1), ("collective 3 padded", 0), ("allgather 3", 0)]
+)
+def test_host_synchronisations_of_a_layer(name, allowed, imported):
+    for forward, backward in run_ranks(host_reads, WORLD, name):
+        assert len(forward) == allowed, forward
+        assert not backward
+
+
+def test_a_reading_host_is_noticed(monkeypatch, imported):
+    plain = collective.wanted_by_rank
+    monkeypatch.setattr(collective, "wanted_by_rank", lambda *a: plain(*a) & bool(plain(*a).any()))
+    assert len(run_ranks(host_reads, WORLD, "collective 1")[0][0]) > 1
+
+
+@pytest.mark.parametrize(("top_k", "kind"), [(6, "AllGatherDispatch"), (5, "CollectiveDispatch")])
+def test_auto_chooses_by_bytes(top_k, kind, capfd):
+    shape = ExchangeShape(tokens=14, d_model=D, top_k=top_k, dtype=torch.float64, device_type="cpu")
+    built = run_ranks(lambda: type(auto.build(E, dist.group.WORLD, shape)).__name__, WORLD)
+    assert set(built) == {kind}
+    assert f"top_k={top_k}" in capfd.readouterr().out
+
+
+def test_ranks_agree_on_the_chunks_whose_slowest_rank_is_fastest(capfd):
+    def one():
+        choice = Chunks("collective", "auto", (1, 2, 4), dist.group.WORLD)
+        seconds = [[0.001, 0.002, 0.003], [0.009, 0.004, 0.001]][dist.get_rank()]
+        return choice.agree(seconds, torch.device("cpu"))
+
+    assert run_ranks(one, 2) == [4, 4]
+    assert capfd.readouterr().out.count("chunks=4") == 1
+
+
+@pytest.mark.parametrize("chunks", [0, -1, True, "fast", "2"])
+def test_a_wrong_chunk_count_is_refused(chunks):
+    def one():
+        with pytest.raises(ValueError, match=r"dispatch\.chunks=.*nearest legal value"):
+            collective.build(E, dist.group.WORLD, SHAPE, chunks)
+
+    run_ranks(one, 1)

@@ -99,7 +99,7 @@ def test_a_trap_in_any_file_leaves_no_trace(tmp_path, name, form):
     path, _, _ = _saved(run, 2)
     buffer = io.BytesIO()
     if form == "pickle":
-        pickle.dump(_Trap(sprung), buffer)
+        pickle.dump(_Trap(sprung), buffer, protocol=2)  # what torch.load expects
     else:
         torch.save(_Trap(sprung), buffer)
     _plant(path, name, buffer.getvalue())

@@ -1,0 +1,65 @@
+"""Into how many pieces an exchange is cut: as asked for, or as measured in the first training step on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.moe.dispatch.base import Weights
+from moetrain.moe.types import Routing
+
+Run = Callable[[int, Tensor, Routing, Weights], Tensor]  # chunks, x_TD, routing, weights -> y_TD
+REPEATS, WARMUP = 3, 2
+
+
+class Chunks:
+    """A chunk count for all layers. chunks: a number, or "auto": 1 on a CPU, else the fastest of `candidates`.
+
+    The ranks of `group` agree on the count whose slowest rank is fastest. Raises ValueError for anything else.
+    """
+
+    def __init__(self, name: str, chunks: str | int, candidates: Sequence[int], group: dist.ProcessGroup) -> None:
+        if chunks != "auto" and (isinstance(chunks, (bool, str)) or chunks < 1):
+            raise ValueError(f"dispatch.chunks={chunks!r} is no count of pieces; nearest legal value: auto (or 1)")
+        self.name, self.candidates, self.group = name, candidates, group
+        self.count = None if chunks == "auto" else int(chunks)
+
+    def of(self, run: Run, x_TD: Tensor, routing: Routing, weights: Weights) -> int:
+        """The count. Its first call in training may measure, which is collective over the group."""
+        if self.count is None and not x_TD.is_cuda:
+            self.count = 1
+        if self.count is None and torch.is_grad_enabled():
+            seconds = [_measure(run, chunks, x_TD, routing, weights) for chunks in self.candidates]
+            self.count = self.agree(seconds, x_TD.device)
+        return self.count or 1
+
+    def agree(self, seconds: list[float], device: torch.device) -> int:
+        """The candidate whose slowest rank is fastest; rank 0 prints what was found."""
+        slowest = torch.tensor(seconds, device=device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self.group)
+        found = slowest.tolist()
+        best = self.candidates[found.index(min(found))]
+        if dist.get_rank() == 0:
+            table = ", ".join(f"{c}: {1e3 * s:.2f} ms" for c, s in zip(self.candidates, found))
+            print(f"dispatch {self.name}: chunks={best} ({table}, forward + backward)", flush=True)
+        return best
+
+
+def _measure(run: Run, chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> float:
+    """Seconds of a forward and backward pass on the device."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    for i in range(-WARMUP, REPEATS):
+        if i >= 0:
+            events[i].record()
+        x, gate, *w = (t.detach().requires_grad_() for t in (x_TD, routing.gate_TK, *weights))
+        y_TD = run(chunks, x, replace(routing, gate_TK=gate, kept=None), (w[0], w[1]))
+        torch.autograd.grad(y_TD, (x, gate, *w), torch.ones_like(y_TD))
+    events[-1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3

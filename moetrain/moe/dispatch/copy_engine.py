@@ -1,0 +1,283 @@
+"""Peers copy each other's tokens by their copy engines while experts compute: no multiprocessors, no host waiting.
+
+Every rank's rows are copied whole by every peer (like dispatch=allgather; which rows an expert wants stays on the
+device), and the sums over this rank's experts are copied home the same way. Measured stand-ins for this and for NCCL
+are in docs/dispatch.md.
+
+One leg, with its number n. Buffers serve all layers and passes in turn; every leg of a model uses them alike.
+    here   write rows into OUT; post "out of r = n" to every peer
+    beside for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
+    here   the experts' pieces, own rows first; a piece of peers' rows when its copies have arrived:
+           write the sums into HOME of their owners, post "home from r, part p = n" to them
+    beside when the last of them is posted: wait for "home from s, part p >= n" of each peer, copy it here
+    here   the rest of the own rows meanwhile; add up
+OUT is free for leg n + 1: every peer posted its last "home" of leg n after copying it, and this rank has waited for
+those. HOME of s is free when a piece of leg n + 1 with rows of s is done: s posted "out" after it had added up leg n.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.comm.peer import PeerMemory, SymmetricMemory, unreachable
+from moetrain.moe.dispatch.base import ExchangeShape, Weights
+from moetrain.moe.dispatch.chunks import Chunks
+from moetrain.moe.dispatch.exchange import exchange
+from moetrain.moe.experts.base import ExpertBackend
+from moetrain.moe.types import Routing
+
+MOST_PARTS = 32
+ALIGN = 512
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where one kind of tensor lies in every rank's memory. offset in bytes behind the flags."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def regions(shape: ExchangeShape, ranks: int) -> tuple[dict[str, Region], int]:
+    """The buffers by name, and the bytes of all: out_* for this rank's tokens, home_* for the sums of each peer's."""
+    wide = torch.promote_types(shape.dtype, torch.float32)
+    wanted = {
+        "out_rows": ((shape.tokens, shape.d_model), shape.dtype),
+        "out_labels": ((shape.tokens, 2 * shape.top_k), wide),
+        "home_rows": ((ranks, shape.tokens, shape.d_model), shape.dtype),
+        "home_gates": ((ranks, shape.tokens, shape.top_k), wide),
+    }
+    placed, offset = {}, 0
+    for name, (size, dtype) in wanted.items():
+        placed[name] = Region(offset, size, dtype)
+        offset += -(-math.prod(size) * dtype.itemsize // ALIGN) * ALIGN
+    return placed, offset
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of rank `source` in part `part` of a rank's peers' rows."""
+
+    part: int
+    source: int
+    start: int
+    stop: int
+
+
+def segments(rank: int, ranks: int, tokens: int, parts: int) -> list[Segment]:
+    """How `rank` cuts its peers' rows, nearest peer first, into equal parts; every rank can work out every other's."""
+    found, total = [], (ranks - 1) * tokens
+    for part in range(parts):
+        start, stop = total * part // parts, total * (part + 1) // parts
+        while start < stop:
+            peer, token = divmod(start, tokens)
+            length = min(stop - start, tokens - token)
+            found.append(Segment(part, (rank + 1 + peer) % ranks, token, token + length))
+            start += length
+    return found
+
+
+class CopyEngineDispatch:
+    """n_experts: routed experts over all ranks of `memory`; expert e is on rank e // (E / ranks).
+
+    chunks: calls of the experts per layer. 2: own rows, then all peers'; n >= 3: half of the own rows, the peers' in
+    n - 2 parts, the other half of the own while the last sums go home.
+    """
+
+    CHUNKS = (2, 3, 4)  # what a measurement chooses from
+
+    def __init__(self, n_experts: int, memory: PeerMemory, shape: ExchangeShape, chunks: Chunks) -> None:
+        self.memory, self.shape, self.chunks = memory, shape, chunks
+        self.first_expert = memory.rank * (n_experts // memory.size)
+        placed, _ = regions(shape, memory.size)
+        self.buffers = {  # views are made once: they cost the host more than a copy's launch
+            (rank, name): memory.view(rank, region.offset, region.shape, region.dtype)
+            for rank in range(memory.size)
+            for name, region in placed.items()
+        }
+        self.cuts: dict[tuple[int, int], list[Segment]] = {}
+        self.peers = [(memory.rank + 1 + i) % memory.size for i in range(memory.size - 1)]
+        self.leg = 0
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBackend, weights: Weights) -> Tensor:
+        tokens, slots = routing.expert_TK.shape
+        assert tokens <= self.shape.tokens, f"{tokens} tokens, but made for {self.shape.tokens}"
+        assert slots == self.shape.top_k, f"{slots} experts a token, but made for {self.shape.top_k}"
+        assert x_TD.dtype == self.shape.dtype, f"{x_TD.dtype}, but made for {self.shape.dtype}"
+
+        def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
+            return exchange(x_TD, routing, _Trip(self, len(x_TD), chunks), experts, weights, self.first_expert)
+
+        return run(self.chunks.of(run, x_TD, routing, weights), x_TD, routing, weights)
+
+    def buffer(self, rank: int, name: str) -> Tensor:
+        """A region of a rank's memory."""
+        return self.buffers[rank, name]
+
+    def segments(self, rank: int, parts: int) -> list[Segment]:
+        """How `rank` cuts its peers' rows into `parts`."""
+        if (rank, parts) not in self.cuts:
+            self.cuts[rank, parts] = segments(rank, self.memory.size, self.shape.tokens, parts)
+        return self.cuts[rank, parts]
+
+    def out_flag(self, source: int) -> int:
+        """Of the flags that `source` posts."""
+        return source
+
+    def home_flag(self, source: int, part: int) -> int:
+        return self.memory.size + source * MOST_PARTS + part
+
+
+class _Trip:
+    def __init__(self, dispatch: CopyEngineDispatch, tokens: int, chunks: int) -> None:
+        self.dispatch, self.tokens = dispatch, tokens
+        self.pieces = max(chunks, 2)
+        self.parts = max(self.pieces - 2, 1)  # of the peers' rows
+        half = tokens if self.pieces == 2 else tokens // 2
+        self.own = (
+            {0: slice(0, half)} if self.pieces == 2 else {0: slice(0, half), self.pieces - 1: slice(half, tokens)}
+        )
+
+    def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
+        return _Leg(self, row_TD, label_TL)
+
+
+class _Leg:
+    def __init__(self, trip: _Trip, row_TD: Tensor, label_TL: Tensor | None) -> None:
+        self.trip, self.dispatch, self.memory = trip, trip.dispatch, trip.dispatch.memory
+        self.dispatch.leg += 1
+        self.number = self.dispatch.leg
+        self.row_TD, self.label_TL = row_TD, label_TL
+        self.own_given: list[tuple[Tensor, Tensor | None]] = []
+        shape, ranks = self.dispatch.shape, self.memory.size
+        most = shape.tokens
+        self.row_MD = row_TD.new_empty((ranks - 1) * most, shape.d_model)
+        self.label_ML = None if label_TL is None else label_TL.new_empty((ranks - 1) * most, label_TL.shape[1])
+        self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
+        self.home_RTK: Tensor | None = None
+        self.mine = self.dispatch.segments(self.memory.rank, trip.parts)
+        self._stage()
+        self.arrived = self._fetch()
+        self.returned: Any = None
+
+    def _stage(self) -> None:
+        """This rank's rows into OUT, with what says that missing tokens are none; then tell the peers."""
+        rank, tokens = self.memory.rank, self.trip.tokens
+        for name, source, empty in (("out_rows", self.row_TD, 0), ("out_labels", self.label_TL, -1)):
+            if source is not None:
+                target = self.dispatch.buffer(rank, name)
+                target[:tokens].copy_(source)
+                if tokens < len(target):
+                    target[tokens:].fill_(empty)
+        for peer in self.dispatch.peers:
+            self.memory.post(peer, self.dispatch.out_flag(rank), self.number)
+
+    def _fetch(self) -> list[Any]:
+        """Peers' rows, part by part."""
+        here, arrived = self.memory.mark(), []
+        with self.memory.beside():
+            self.memory.after(here)  # the landing places are free, their former users done
+            position = 0
+            for part in range(self.trip.parts):
+                for seg in (seg for seg in self.mine if seg.part == part):
+                    self.memory.wait(self.dispatch.out_flag(seg.source), self.number)
+                    landing = slice(position, position + seg.stop - seg.start)
+                    if self.label_ML is not None:
+                        labels = self.dispatch.buffer(seg.source, "out_labels")
+                        self.label_ML[landing].copy_(labels[seg.start : seg.stop], non_blocking=True)
+                    rows = self.dispatch.buffer(seg.source, "out_rows")
+                    self.row_MD[landing].copy_(rows[seg.start : seg.stop], non_blocking=True)
+                    position = landing.stop
+                arrived.append(self.memory.mark())
+        return arrived
+
+    def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
+        own = self.trip.own.get(piece)
+        if own is not None:
+            return self.row_TD[own], None if self.label_TL is None else self.label_TL[own]
+        self.memory.after(self.arrived[piece - 1])
+        rows = self._rows(piece - 1)
+        return self.row_MD[rows], None if self.label_ML is None else self.label_ML[rows]
+
+    def _rows(self, part: int) -> slice:
+        total = self.row_MD.shape[0]
+        return slice(total * part // self.trip.parts, total * (part + 1) // self.trip.parts)
+
+    def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
+        if piece in self.trip.own:
+            self.own_given.append((row_MD, gate_MK))
+            return
+        rank, position = self.memory.rank, 0
+        for seg in (seg for seg in self.mine if seg.part == piece - 1):
+            given = slice(position, position + seg.stop - seg.start)
+            home = self.dispatch.buffer(rank, "home_rows")[seg.source, seg.start : seg.stop]
+            home.copy_(row_MD[given])
+            if gate_MK is not None:
+                self.dispatch.buffer(rank, "home_gates")[seg.source, seg.start : seg.stop].copy_(gate_MK[given])
+            self.memory.post(seg.source, self.dispatch.home_flag(rank, seg.part), self.number)
+            position = given.stop
+        if piece == self.trip.parts:
+            self.returned = self._fetch_home(gate_MK)
+
+    def _fetch_home(self, gate_MK: Tensor | None) -> Any:
+        """What peers' experts made of this rank's rows."""
+        if gate_MK is not None:
+            shape = (len(self.dispatch.peers), self.dispatch.shape.tokens, gate_MK.shape[1])
+            self.home_RTK = gate_MK.new_empty(shape)
+        here, rank = self.memory.mark(), self.memory.rank
+        with self.memory.beside():
+            self.memory.after(here)
+            for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
+                for seg in self.dispatch.segments(peer, self.trip.parts):
+                    if seg.source != rank:
+                        continue
+                    self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
+                    place = slice(seg.start, seg.stop)
+                    rows = self.dispatch.buffer(peer, "home_rows")[rank, place]
+                    self.home_RTD[index, place].copy_(rows, non_blocking=True)
+                    if self.home_RTK is not None:
+                        gates = self.dispatch.buffer(peer, "home_gates")[rank, place]
+                        self.home_RTK[index, place].copy_(gates, non_blocking=True)
+            return self.memory.mark()
+
+    def collect(self) -> tuple[Tensor, Tensor | None]:
+        self.memory.after(self.returned)
+        rows = self._sum([row for row, _ in self.own_given], self.home_RTD)
+        if self.home_RTK is None:
+            return rows, None
+        return rows, self._sum([gate for _, gate in self.own_given if gate is not None], self.home_RTK)
+
+    def _sum(self, own: list[Tensor], home_RTD: Tensor) -> Tensor:
+        """Own parts, one behind the other, plus what came home from each peer."""
+        total = own[0].new_empty(self.trip.tokens, own[0].shape[1])
+        for part, place in zip(own, self.trip.own.values()):
+            torch.add(part, home_RTD[0, place], out=total[place])
+        for home in home_RTD[1:].unbind():
+            total += home[: self.trip.tokens]
+        return total
+
+
+def build(
+    n_experts: int, group: dist.ProcessGroup | None, shape: ExchangeShape, chunks: str | int = "auto"
+) -> CopyEngineDispatch:
+    """Raises ValueError where ranks cannot read each other's memory, for chunk counts below 2, and varying slots."""
+    if group is None:
+        raise ValueError("dispatch=copy_engine needs torch.distributed; nearest legal value: dispatch=local")
+    if group.size() == 1:
+        raise ValueError("dispatch=copy_engine with parallel.ep=1 has no peers; nearest legal value: dispatch=local")
+    if chunks == 1:
+        raise ValueError("dispatch.chunks=1 leaves nothing beside which to copy; nearest legal value: 2")
+    if not shape.fixed_slots:
+        raise ValueError("dispatch=copy_engine with router.rounding, whose slots vary; nearest legal value: collective")
+    reason = unreachable(group, shape.device_type)
+    if reason is not None:
+        raise ValueError(f"dispatch=copy_engine {reason}; nearest legal value: dispatch=collective")
+    choice = Chunks("copy_engine", chunks, CopyEngineDispatch.CHUNKS, group)
+    return CopyEngineDispatch(n_experts, SymmetricMemory(group, regions(shape, group.size())[1]), shape, choice)

@@ -1,0 +1,259 @@
+"""What dispatch costs beside the experts' work, on the GPUs of one host: the table of docs/dispatch.md.
+
+    scripts/bench_overlap.sh [--dry-run] [--shapes stand-in qwen3 mixtral] [--routing balanced skewed]
+
+Every rank has different tokens; ep is the number of GPUs. `compute only` is one call of the fastest expert backend on
+the rows that a rank's experts get, already there. Times are medians of device events of the slowest rank, in ms;
+error is the largest relative L2 distance of y, dx, dgates, dw from the same backend in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.comm.start import start_distributed, stop_distributed
+from moetrain.moe.dispatch import allgather, collective, copy_engine
+from moetrain.moe.dispatch.base import ExchangeShape, Weights
+from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.experts.base import ExpertBackend
+from moetrain.moe.types import Routing
+from moetrain.testing.fake import fake_context
+
+REPEATS, WARMUP = 7, 3
+BAR = 2.0**-6  # bf16 rounds to 2^-9; a result is a sum of rounded parts of rounded products
+
+
+@dataclass(frozen=True)
+class Shape:
+    """tokens per rank; d_model; d_expert; experts; top_k."""
+
+    name: str
+    T: int
+    D: int
+    F: int
+    E: int
+    K: int
+
+
+SHAPES = [
+    Shape("stand-in", 8192, 4096, 1536, 64, 8),
+    Shape("qwen3", 8192, 2048, 768, 128, 8),
+    Shape("mixtral", 8192, 4096, 14336, 8, 2),
+]
+ZIPF = {"balanced": 0.0, "skewed": 0.6}
+TRANSPORTS = {  # name: (module, chunk counts of which the best is shown)
+    "NCCL serial": (collective, (1,)),
+    "NCCL chunked": (collective, (2, 3, 4, 6)),
+    "allgather": (allgather, (1, 2, 4)),
+    "copy_engine": (copy_engine, (2, 3, 4)),
+}
+Layer = Callable[[Tensor, Routing, ExpertBackend, Weights], Tensor]
+
+
+@dataclass
+class Problem:
+    """One rank's tokens and all experts' weights, the same on every rank."""
+
+    x_TD: Tensor
+    dy_TD: Tensor
+    routing: Routing
+    weights: Weights
+
+    def block(self, rank: int, ranks: int) -> Weights:
+        """A rank's experts."""
+        own = slice(rank * len(self.weights[0]) // ranks, (rank + 1) * len(self.weights[0]) // ranks)
+        return self.weights[0][own], self.weights[1][own]
+
+
+def make_problem(shape: Shape, zipf: float, rank: int) -> Problem:
+    """Popularity of experts rank^-zipf, shuffled alike on all ranks."""
+    common = torch.Generator("cuda").manual_seed(0)
+    mine = torch.Generator("cuda").manual_seed(1 + rank)
+
+    def normal(generator: torch.Generator, *size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16, generator=generator).mul_(scale)
+
+    w_gate_up = normal(common, shape.E, 2, shape.F, shape.D, scale=shape.D**-0.5)
+    w_down = normal(common, shape.E, shape.D, shape.F, scale=shape.F**-0.5)
+    popularity_E = torch.arange(1, shape.E + 1, device="cuda").double() ** -zipf
+    popularity_E = popularity_E[torch.randperm(shape.E, device="cuda", generator=common)]
+    uniform_TE = torch.rand(shape.T, shape.E, device="cuda", dtype=torch.float64, generator=mine)
+    expert_TK = (popularity_E.log() - uniform_TE.log().neg().log()).topk(shape.K).indices
+    gate_TK = torch.rand(shape.T, shape.K, device="cuda", generator=mine).softmax(-1)
+    none = torch.empty(0)
+    routing = Routing(expert_TK, gate_TK, none, none, none, none, fake_context(1, 1))
+    x, dy = normal(mine, shape.T, shape.D), normal(mine, shape.T, shape.D)
+    return Problem(x, dy, routing, (w_gate_up, w_down))
+
+
+def step(layer: Layer, p: Problem, weights: Weights, backend: ExpertBackend, backward: bool) -> list[Tensor]:
+    """y, and with backward dx, dgates, dw_gate_up, dw_down."""
+    x, gate, w1, w2 = (t.detach().requires_grad_() for t in (p.x_TD, p.routing.gate_TK, *weights))
+    y = layer(x, replace(p.routing, gate_TK=gate), backend, (w1, w2))
+    return [y.detach(), *(torch.autograd.grad(y, (x, gate, w1, w2), p.dy_TD) if backward else ())]
+
+
+def slowest_ms(run: Callable[[], object]) -> float:
+    """Median of the repeats, of the slowest rank."""
+    for _ in range(WARMUP):
+        run()
+    dist.barrier()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    for event in events[:-1]:
+        event.record()
+        run()
+    events[-1].record()
+    torch.cuda.synchronize()
+    took = torch.tensor(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), device="cuda")
+    dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    return float(took)
+
+
+def backends(shape: Shape) -> dict[str, ExpertBackend]:
+    """Those that run here."""
+    from moetrain.moe.experts import grouped_mm, triton
+
+    found = {}
+    for name, module in (("triton", triton), ("grouped_mm", grouped_mm)):
+        try:
+            found[name] = module.build("bf16", "cuda", shape.D, shape.F)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+    return found
+
+
+def arrived(p: Problem, weights: Weights, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x_MD, slots, gates of the rows that this rank's experts get."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def note(x_MD: Tensor, slot_MK: Tensor, gate_MK: Tensor, *_: Tensor) -> Tensor:
+        seen.append((x_MD, slot_MK, gate_MK))
+        return torch.zeros_like(x_MD)
+
+    group = dist.group.WORLD
+    assert group is not None
+    some = ExchangeShape(len(p.x_TD), p.x_TD.shape[1], p.routing.expert_TK.shape[1], p.x_TD.dtype, "cuda")
+    with torch.no_grad():
+        collective.build(n_experts, group, some, 1)(p.x_TD, p.routing, note, weights)  # type: ignore[arg-type]
+    return seen[0]
+
+
+def compute_only(p: Problem, weights: Weights, shape: Shape) -> tuple[ExpertBackend, str, float, float]:
+    """The fastest backend, its name, and its forward and forward + backward ms on the rows that a rank gets."""
+    x_MD, slot_MK, gate_MK = arrived(p, weights, shape.E)
+    there = Problem(x_MD, torch.randn_like(x_MD), replace(p.routing, expert_TK=slot_MK, gate_TK=gate_MK), p.weights)
+    layer, best = LocalDispatch(), None
+    for name, backend in backends(shape).items():
+        both = slowest_ms(lambda b=backend: step(layer, there, weights, b, True))  # type: ignore[misc]
+        if best is None or both < best[3]:
+            forward = slowest_ms(lambda b=backend: step(layer, there, weights, b, False))  # type: ignore[misc]
+            best = (backend, name, forward, both)
+    assert best is not None, "no expert backend runs here"
+    return best
+
+
+def one_process(p: Problem, backend: ExpertBackend, rank: int, ranks: int) -> list[Tensor]:
+    """What the exchange must give: this rank's tokens with all experts here; weight gradients summed over ranks."""
+    found = step(LocalDispatch(), p, p.weights, backend, True)
+    for grad in found[3:]:
+        dist.all_reduce(grad)
+    own = slice(rank * len(found[3]) // ranks, (rank + 1) * len(found[3]) // ranks)
+    return [*found[:3], *(grad[own].clone() for grad in found[3:])]
+
+
+def distance(got: list[Tensor], want: list[Tensor]) -> float:
+    """Largest relative L2 distance over tensors and ranks; infinite for NaN."""
+    errors = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(got, want)])
+    worst = errors.nan_to_num(float("inf")).max()
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)
+
+
+def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: int) -> list[str]:
+    """The table's rows of one shape and routing."""
+    p = make_problem(shape, ZIPF[kind], rank)
+    weights = p.block(rank, ranks)
+    backend, name, forward, both = compute_only(p, weights, shape)
+    want = one_process(p, backend, rank, ranks)
+    head = f"| {shape.name} EP={ranks} {kind}"
+    rows = [f"{head} | compute only ({name}) | {forward:.3f} | 1 | {both:.3f} | 1 | |"]
+    some = ExchangeShape(shape.T, shape.D, shape.K, torch.bfloat16, "cuda")
+    for label in transports:
+        module, counts = TRANSPORTS[label]
+        try:
+            best = None
+            for chunks in counts:
+                layer = module.build(shape.E, dist.group.WORLD, some, chunks)  # type: ignore[attr-defined]
+                error = distance(step(layer, p, weights, backend, True), want)
+                took = slowest_ms(lambda f=layer: step(f, p, weights, backend, True))  # type: ignore[misc]
+                if best is None or took < best[2] or error > BAR:
+                    alone = slowest_ms(lambda f=layer: step(f, p, weights, backend, False))  # type: ignore[misc]
+                    best = (chunks, alone, took, error)
+                if error > BAR:
+                    break
+            assert best is not None
+            chunks, alone, took, error = best
+            verdict = "" if error < BAR else " WRONG"
+            cells = f"{alone:.3f} | {alone / forward:.2f} | {took:.3f} | {took / both:.2f} | {error:.1e}{verdict} |"
+            rows.append(f"{head} | {label}, chunks={chunks} | {cells}")
+        except (ValueError, RuntimeError) as problem:  # a transport that cannot run must not end the table
+            rows.append(f"{head} | {label} | failed: {str(problem).splitlines()[0][:100]} |||||")
+        if rank == 0:
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def plan(shapes: list[Shape], kinds: list[str], transports: list[str]) -> str:
+    """What a run would measure."""
+    lines = ["torchrun --standalone --nproc-per-node GPUS -m moetrain.testing.overlap, EP = GPUS (2, 4, or 8), bf16:"]
+    for shape in shapes:
+        lines.append(f"  {shape}, routing {' and '.join(kinds)}")
+    lines.append("  each: compute only (fastest of triton, grouped_mm), then forward and forward + backward of")
+    lines += [f"    {name}, best of chunks={TRANSPORTS[name][1]}" for name in transports]
+    lines.append(f"  {WARMUP} warm-up and {REPEATS} timed repeats; errors above {BAR:.1e} are marked WRONG")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table on rank 0; exit 1 if a result is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; needs no GPU")
+    parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
+    parser.add_argument("--routing", nargs="+", default=list(ZIPF), choices=list(ZIPF))
+    parser.add_argument("--transports", nargs="+", default=list(TRANSPORTS), choices=list(TRANSPORTS))
+    options = parser.parse_args(argv)
+    shapes = [shape for shape in SHAPES if shape.name in options.shapes]
+    if options.dry_run:
+        print(plan(shapes, options.routing, options.transports))
+        return 0
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    if start_distributed(300.0).type != "cuda" or dist.get_world_size() < 2:
+        print("needs two GPUs or more; --dry-run prints the plan", file=sys.stderr)
+        return 1
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    lines = ["| layer | transport | forward ms | x compute | forward + backward ms | x compute | error |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for shape in shapes:
+        for kind in options.routing:
+            lines += measure(shape, kind, options.transports, rank, ranks)
+            torch.cuda.empty_cache()
+        lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||"] * (ranks != 4)
+    if rank == 0:
+        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+        print("\n".join(lines))
+    stop_distributed()
+    return 1 if any("WRONG" in line for line in lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

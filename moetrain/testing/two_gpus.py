@@ -1,0 +1,105 @@
+"""What the GPU tests of dispatchers run on each rank; spawned ranks import it, so it is no test module."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.moe.dispatch import allgather, collective, copy_engine
+from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape, Weights
+from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.experts.grouped_mm import GroupedMMExperts
+from moetrain.moe.experts.reference import ReferenceExperts
+from moetrain.moe.types import Routing
+from moetrain.testing.fake import fake_context
+
+T, D, H, E, K, LAYERS = 300, 64, 32, 8, 3, 6
+TRANSPORTS: dict[str, tuple[Any, int]] = {
+    **{f"collective {chunks}": (collective, chunks) for chunks in (1, 2, 4)},
+    "allgather 2": (allgather, 2),
+    **{f"copy_engine {chunks}": (copy_engine, chunks) for chunks in (2, 3, 4)},
+}
+
+
+def data(rank: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, experts, gates, dy."""
+    g = torch.Generator().manual_seed(10 * layer + rank)
+    tokens = T - 50 * rank * (layer % 2)  # uneven in every other layer
+    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
+    expert[torch.rand(tokens, K, generator=g) < 0.2] = -1
+    x, dy = (torch.randn(tokens, D, generator=g, dtype=torch.float64).to("cuda", dtype) for _ in range(2))
+    gate = torch.rand(tokens, K, generator=g, dtype=torch.float64).to("cuda", torch.promote_types(dtype, torch.float32))
+    return x.requires_grad_(), expert.cuda(), gate.requires_grad_(), dy
+
+
+def weights(dtype: torch.dtype) -> Weights:
+    """Of all experts."""
+    g = torch.Generator().manual_seed(7)
+    up = torch.randn(E, 2, H, D, generator=g, dtype=torch.float64)
+    down = torch.randn(E, D, H, generator=g, dtype=torch.float64)
+    return up.to("cuda", dtype), down.to("cuda", dtype)
+
+
+def routing(expert: Tensor, gate: Tensor) -> Routing:
+    """Nothing but experts and gates."""
+    none = torch.empty(0)
+    return Routing(expert, gate, none, none, none, none, fake_context(1, 1))
+
+
+def make(name: str, dtype: torch.dtype) -> Dispatcher:
+    """One of TRANSPORTS."""
+    module, chunks = TRANSPORTS[name]
+    return module.build(E, dist.group.WORLD, ExchangeShape(T, D, K, dtype, "cuda"), chunks)
+
+
+def worst_error(name: str) -> float:
+    """Several layers forward, then backward; ranks take turns in lagging. Against all experts here, largest entry 1."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dispatcher, whole = make(name, torch.float64), weights(torch.float64)
+    own = slice(rank * E // ranks, (rank + 1) * E // ranks)
+    dw_whole, done, worst = [torch.zeros_like(w) for w in whole], [], 0.0
+    dw_own = [torch.zeros_like(w[own]) for w in whole]
+    for layer in range(LAYERS):
+        x, expert, gate, dy = data(rank, layer, torch.float64)
+        w = (whole[0][own].clone().requires_grad_(), whole[1][own].clone().requires_grad_())
+        if layer % ranks == rank:
+            torch.cuda._sleep(20_000_000)
+        done.append((dispatcher(x, routing(expert, gate), ReferenceExperts(), w), x, expert, gate, dy, w))
+    for y, x, expert, gate, dy, w in reversed(done):
+        got = torch.autograd.grad(y, (x, gate, *w), dy)
+        w_all = (whole[0].clone().requires_grad_(), whole[1].clone().requires_grad_())
+        y_all = LocalDispatch()(x, routing(expert, gate), ReferenceExperts(), w_all)
+        want = torch.autograd.grad(y_all, (x, gate, *w_all), dy)
+        for mine, theirs in ((y, y_all), *zip(got[:2], want[:2])):
+            worst = max(worst, float((mine - theirs).detach().abs().max() / theirs.detach().abs().max()))
+        dw_own = [total + part for total, part in zip(dw_own, got[2:])]
+        dw_whole = [total + part for total, part in zip(dw_whole, want[2:])]
+    for mine, theirs in zip(dw_own, dw_whole):
+        dist.all_reduce(theirs)
+        worst = max(worst, float((mine - theirs[own]).abs().max() / theirs.abs().max()))
+    return worst
+
+
+def host_waits(name: str) -> list[str]:
+    """Warnings of torch's own watch over host synchronisations, of two layers forward and backward."""
+    up, down = weights(torch.bfloat16)
+    w = (up[: E // 2].clone().requires_grad_(), down[: E // 2].clone().requires_grad_())
+    dispatcher = make(name, torch.bfloat16)
+    x, expert, gate, dy = data(dist.get_rank(), 0, torch.bfloat16)
+
+    def layer() -> None:
+        dispatcher(x, routing(expert, gate), GroupedMMExperts(), w).backward(dy)
+
+    layer()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer()
+        layer()
+    torch.cuda.set_sync_debug_mode("default")
+    return [str(w.message) for w in caught if "synchroniz" in str(w.message)]

@@ -1,0 +1,123 @@
+"""The copy-engine protocol over memory in a shared file: the same flags and copies, with ranks shaken out of step."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.comm.peer import unreachable
+from moetrain.moe.dispatch import copy_engine
+from moetrain.moe.dispatch.base import ExchangeShape
+from moetrain.moe.dispatch.chunks import Chunks
+from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions, segments
+from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.experts.reference import ReferenceExperts
+from moetrain.moe.types import Routing
+from moetrain.testing import run_ranks
+from moetrain.testing.fake import fake_context
+from moetrain.testing.peer import FileMemory
+
+pytestmark = pytest.mark.distributed
+D, H, E, K, WORLD, MOST = 8, 6, 8, 3, 4, 11
+SHAPE = ExchangeShape(tokens=MOST, d_model=D, top_k=K, dtype=torch.float64, device_type="cpu")
+LAYERS = 3
+
+
+def data(rank, layer):
+    """Uneven tokens, none at all, and unused slots; different on every rank and layer."""
+    g = torch.Generator().manual_seed(100 * layer + rank)
+    tokens = [MOST, 0 if layer else 5, MOST - 2, 7][rank]
+    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
+    expert[torch.rand(tokens, K, generator=g) < 0.2] = -1
+    x = torch.randn(tokens, D, generator=g, dtype=torch.float64).requires_grad_()
+    gate = torch.rand(tokens, K, generator=g, dtype=torch.float64).requires_grad_()
+    return x, expert, gate, torch.randn(tokens, D, generator=g, dtype=torch.float64)
+
+
+@functools.cache
+def weights():
+    g = torch.Generator().manual_seed(7)
+    return (
+        torch.randn(E, 2, H, D, generator=g, dtype=torch.float64),
+        torch.randn(E, D, H, generator=g, dtype=torch.float64),
+    )
+
+
+def routing(expert, gate):
+    none = torch.empty(0)
+    return Routing(expert, gate, none, none, none, none, fake_context(1, max(len(expert), 1)))
+
+
+def one_rank(directory, chunks, jitter=(0.0,) * WORLD, ignored=()):
+    """Several layers over one memory: all forward, then all backward, last first."""
+    rank = dist.get_rank()
+    memory = FileMemory(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory, jitter[rank], ignored)
+    dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", chunks, (), dist.group.WORLD))
+    block = slice(rank * E // WORLD, (rank + 1) * E // WORLD)
+    w = tuple(t[block].clone().requires_grad_() for t in weights())
+    done = []
+    for layer in range(LAYERS):
+        x, expert, gate, upstream = data(rank, layer)
+        done.append((dispatcher(x, routing(expert, gate), ReferenceExperts(), w), x, gate, upstream))
+    for y, _, _, upstream in reversed(done):
+        y.backward(upstream)
+    return [(y.detach(), x.grad, gate.grad) for y, x, gate, _ in done], [t.grad for t in w]
+
+
+def worst_error(ranks):
+    w, worst = tuple(t.clone().requires_grad_() for t in weights()), 0.0
+    for layer in range(LAYERS):
+        for rank in range(WORLD):
+            x, expert, gate, upstream = data(rank, layer)
+            y = LocalDispatch()(x, routing(expert, gate), ReferenceExperts(), w)
+            y.backward(upstream)
+            for got, expected in zip(ranks[rank][0][layer], (y.detach(), x.grad, gate.grad)):
+                worst = max(worst, float((got - expected).abs().max()) if got.numel() else 0.0)
+    for index, expected in enumerate(w):
+        worst = max(worst, float((torch.cat([r[1][index] for r in ranks]) - expected.grad).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 5])
+def test_equals_one_process(chunks, tmp_path):
+    assert worst_error(run_ranks(one_rank, WORLD, tmp_path, chunks)) < 1e-12
+
+
+def test_ranks_out_of_step_read_nothing_early(tmp_path):
+    assert worst_error(run_ranks(one_rank, WORLD, tmp_path, 4, (0.003,) * WORLD)) < 1e-12
+
+
+@pytest.mark.parametrize(("late", "flag"), [(0, 0), (1, WORLD + 1 * copy_engine.MOST_PARTS)], ids=["out", "home"])
+def test_a_missing_wait_is_noticed(late, flag, tmp_path):
+    """Nobody waits for one flag of a rank that is late."""
+    jitter = tuple(0.03 if rank == late else 0.0 for rank in range(WORLD))
+    assert worst_error(run_ranks(one_rank, WORLD, tmp_path, 3, jitter, (flag,))) > 1e-3
+
+
+@pytest.mark.parametrize(("ranks", "tokens", "parts"), [(2, 5, 1), (4, 7, 3), (4, 7, 5), (3, 2, 7), (8, 1, 3)])
+def test_segments_cover_every_peers_tokens_once(ranks, tokens, parts):
+    for rank in range(ranks):
+        found = segments(rank, ranks, tokens, parts)
+        covered = [(seg.source, token) for seg in found for token in range(seg.start, seg.stop)]
+        assert sorted(covered) == [(r, t) for r in range(ranks) if r != rank for t in range(tokens)]
+        assert covered[:tokens] == [((rank + 1) % ranks, token) for token in range(tokens)]  # the nearest peer first
+        assert [seg.part for seg in found] == sorted(seg.part for seg in found)
+
+
+def test_regions_lie_apart():
+    placed, total = regions(SHAPE, WORLD)
+    ends = [(r.offset, r.offset + torch.Size(r.shape).numel() * r.dtype.itemsize) for r in placed.values()]
+    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))  # noqa: RUF007
+    assert ends[-1][1] <= total
+
+
+def test_refused_without_peer_access():
+    def one():
+        assert unreachable(dist.group.WORLD, "cpu")
+        with pytest.raises(ValueError, match=r"dispatch=copy_engine needs GPUs.*dispatch=collective"):
+            copy_engine.build(E, dist.group.WORLD, SHAPE)
+        with pytest.raises(ValueError, match=r"dispatch\.chunks=1.*: 2"):
+            copy_engine.build(E, dist.group.WORLD, SHAPE, 1)
+
+    run_ranks(one, 2)

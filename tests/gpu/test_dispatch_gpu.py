@@ -1,0 +1,23 @@
+"""Dispatchers between two GPUs: equal to one process, and no waiting host where none is promised."""
+
+import pytest
+import torch
+
+from moetrain.testing import run_ranks
+from moetrain.testing.two_gpus import TRANSPORTS, host_waits, worst_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_equals_one_process(name):
+    assert max(run_ranks(worst_error, 2, name, backend="nccl")) < 1e-10
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("collective 4", 2), ("allgather 2", 0), ("copy_engine 3", 0)])
+def test_host_synchronisations(name, allowed):
+    for waits in run_ranks(host_waits, 2, name, backend="nccl"):
+        assert len(waits) <= allowed, waits
