@@ -36,5 +36,7 @@ options=(
 # A restart must not meet the addresses that the failed attempt left in the rendezvous' store (pytorch#135712, #167288).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-300}
+# Passed on to the ranks, which then save and end; SIGUSR1 would kill torchrun otherwise. An option of torchrun.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${PYTHON:-python}" -m torch.distributed.run "${options[@]}" -m "${MODULE:-moetrain}" train "$@"

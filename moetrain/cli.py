@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"moetrain: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        VERBS[verb](rest)
+        return VERBS[verb](rest) or 0
     except ValueError as error:
         if is_rank0():
             print(f"moetrain {verb}: {error}", file=sys.stderr)
@@ -31,7 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
-    return 0
 
 
 def train(overrides: list[str]) -> None:
@@ -161,6 +160,13 @@ def upcycle(overrides: list[str]) -> None:
         stop_distributed()
 
 
+def checkpoint(arguments: list[str]) -> int:
+    """look at checkpoints: moetrain checkpoint ls|verify|diff|prune|safetensors DIR (1: damage, or a difference)"""
+    from moetrain.checkpoint.tools import run
+
+    return run(arguments)
+
+
 def _exactly(overrides: list[str], verb: str, keys: tuple[str, ...]) -> dict[str, str]:
     """The options of a verb that needs all of its keys and takes no other."""
     options = _options(overrides)
@@ -188,7 +194,7 @@ def _integer(key: str, value: str) -> int:
         raise ValueError(f"{key}={value!r} is not an integer; nearest legal value: 1") from None
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "profile": profile,
     "mesh": mesh,
@@ -201,6 +207,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "import": import_,
     "export": export,
     "upcycle": upcycle,
+    "checkpoint": checkpoint,
 }
 
 

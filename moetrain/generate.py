@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.store import load_weights, resolve
+from moetrain.checkpoint.use import load_weights, resolve
 from moetrain.comm.start import start_distributed, stop_distributed
 from moetrain.config.compose import to_config
 from moetrain.config.schema import ParallelConfig

@@ -9,6 +9,7 @@ import os
 import random
 
 from moetrain.comm.env import world_size
+from moetrain.comm.parent import die_with_launcher
 from moetrain.config.compose import load_config
 from moetrain.config.plugins import check_plugins
 from moetrain.config.schema import Config
@@ -17,6 +18,7 @@ from moetrain.config.validate import validate
 
 def train(overrides: list[str]) -> None:
     """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
+    die_with_launcher()
     config = load_config(overrides)
     layout = validate(config, world_size())
     check_plugins(config)

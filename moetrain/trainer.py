@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from moetrain.checkpoint.agree import on_rank0
-from moetrain.checkpoint.lock import RunLock
-from moetrain.checkpoint.store import CheckpointStore, load_weights, resolve
-from moetrain.comm.collectives import all_reduce_sum
+from moetrain.checkpoint.agree import gather, on_rank0
+from moetrain.checkpoint.lock import run_lock
+from moetrain.checkpoint.resume import begin
+from moetrain.checkpoint.saver import Saver
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.comm.collectives import all_reduce_sum, sum_over
+from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest
+from moetrain.comm.watchdog import Watchdog
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch
-from moetrain.data.loader import Loader
+from moetrain.data.loader import build_loader
 from moetrain.loss import chunked_cross_entropy
 from moetrain.mesh.build import build_meshes
 from moetrain.mesh.layout import Layout
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.types import TokenContext, Totals
+from moetrain.observe.describe import describe
 from moetrain.observe.load import load_metrics
 from moetrain.observe.reduce import StepSums, reduce_step
 from moetrain.observe.run_log import RunLog
@@ -31,13 +37,14 @@ from moetrain.observe.tape import RoutingTape
 from moetrain.observe.throughput import Throughput
 from moetrain.optim.adamw import fill_missing_gradients
 from moetrain.optim.build import build_optimizer
-from moetrain.optim.clip import check_finite, clip_, grad_norm
+from moetrain.optim.clip import clip_, grad_norm
+from moetrain.optim.guard import BadStepGuard
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
 from moetrain.parallel.cp import held_places
 from moetrain.parallel.pp import Work
 from moetrain.parallel.tp import sum_replicated_gradients
-from moetrain.plan.params import count, flops_per_token
+from moetrain.plan.params import flops_per_token
 
 LOSS_CHUNK = 2048  # tokens whose logits exist at one time
 
@@ -50,11 +57,15 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.rank0 = torch.distributed.get_rank() == 0
 
-        self.lock = RunLock(self.run_dir)
+        self.lock = run_lock(self.run_dir)
         on_rank0(lambda: bool(self.lock.__enter__()))
-        self.store = CheckpointStore(self.run_dir, keep=config.checkpoint.keep)
+        self.watchdog = Watchdog(self.run_dir / "hangs" / on_rank0(lambda: token_hex(4)), config.run.hang_timeout_s)
+        self.guard = BadStepGuard(config)
+        kept = config.checkpoint
+        self.store = CheckpointStore(self.run_dir, kept.keep, kept.keep_every, kept.keep_best)
+        self.saver = Saver(self.store, config.checkpoint, device)
         self.meshes = build_meshes(layout, device.type)
-        self.loader = self._build_loader()
+        self.loader = build_loader(config, self.meshes.dp_rank, layout.dp)
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
         built = build_parallel_model(config, self.meshes, device)
         self.model, self.pipeline, self.loss_names = built.model, built.pipeline, built.loss_names
@@ -72,7 +83,12 @@ class Trainer:
         self.tape = RoutingTape(record, replay, self.moe_layers, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
-        self.step = self._restore()
+        self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
+        self.step = self.beginning.step
+        if self.beginning.state:
+            self.loader.load_state_dict(self.beginning.state["data"])
+            self.guard.bad = self.beginning.state.get("bad_steps", 0)
+        on_rank0(lambda: self.store.set_aside_newer(self.beginning.keeps))
         if self.pipeline:
             self.pipeline.after_update()
         on_rank0(lambda: self.tape.start(self.step))
@@ -84,31 +100,40 @@ class Trainer:
         """Train from the current step to `train.steps`, or until a signal asks to stop; ends with a checkpoint."""
         train, every = self.config.train, self.config.checkpoint.every
         first = self.step
-        self.log.start(first, self._describe())
+        self.log.start(first, describe(self.config, self.layout, self.device.type, first, self.experts_choice))
+        self.log.began(self.beginning.notes, self.beginning.skipped)
         if first < train.steps and first == 0 and train.eval_every:
             self.log.row({"step": 0, "val_loss": self.evaluate()})
+        self.saver.prepare(self.model, self.optimizer)
         self.throughput.start()
-        saved = first if self.store.steps() else -1
-        with StopRequest() as stop:
+        self.saver.newest = first if self.store.steps() else -1
+        grace_s = self.config.checkpoint.grace_s
+        row: dict[str, Any] | None = None
+        with self.watchdog, StopRequest(lambda name: self.watchdog.end_within(grace_s, name)) as stop:
             while self.step < train.steps:
+                self.watchdog.beat(f"step {self.step + 1}")
                 row, stopping = self.train_step(bool(stop))
+                if row is None:  # rolled back
+                    continue
                 last = stopping or self.step == train.steps
                 with self.throughput.excluded():
-                    if train.eval_every and (last or self.step % train.eval_every == 0):
+                    # A stopped run evaluates only where one that goes on would: its metrics stay the same.
+                    if train.eval_every and (self.step == train.steps or self.step % train.eval_every == 0):
+                        self.watchdog.beat(f"validation after step {self.step}")
                         row["val_loss"] = self.evaluate()
                     self.log.row(row)
                     if last or (every and self.step % every == 0):
-                        self.save()
-                        saved = self.step
+                        self.save(row.get("val_loss"))
+                    self._tell_saves()
                 if stopping:
                     self.log.note(f"stopped after step {self.step}: {stop.signal or 'asked by another rank'}")
                     break
-        if saved != self.step:
-            self.save()
+            self._finish_saves(row)
         self.log.finish()
 
-    def train_step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
-        """One optimizer step. Returns its metrics row and whether any rank was asked to stop."""
+    def train_step(self, stop: bool = False) -> tuple[dict[str, Any] | None, bool]:
+        """One optimizer step. Returns its metrics row (None: rolled back) and whether any rank was asked to stop."""
+        seed_step(self.config.run.seed, self.step)
         batches = [self._mine(batch) for batch in self.loader.next_step()]
         totals = self._totals(batches)
         self.tape.begin(self.step + 1, self.config.train.global_batch * self.config.train.seq_len)
@@ -122,22 +147,29 @@ class Trainer:
         sum_replicated_gradients(self.parameters, self.meshes)
         norm = self._grad_norm()
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
-        check_finite(norm, self.step + 1, sample_ids)
-        clip_(self.parameters, self.config.train.max_grad_norm, norm)
-        for layer, count_E in zip(layers, sums.count_LE):
-            for plugin in layer.plugins().values() if layer else ():
-                plugin.before_step(count_E)
         multiplier = self.schedule(self.step, self.config.train.steps)
-        set_lr(self.optimizer, multiplier)
-        self.optimizer.step()
+        wrong = self.guard.judge(sums.ce_loss, sums.loss, norm)
+        if wrong:
+            if self._bad_step(wrong, sample_ids) == "rollback":
+                return None, False
+        else:
+            clip_(self.parameters, self.config.train.max_grad_norm, norm)
+            self.saver.before_update()
+            for layer, count_E in zip(layers, sums.count_LE):
+                for plugin in layer.plugins().values() if layer else ():
+                    plugin.before_step(count_E)
+            set_lr(self.optimizer, multiplier)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.pipeline:
             self.pipeline.after_update()
         self.step += 1
         self.log.samples(self.step, self.meshes.dp_rank, sample_ids)
         row = self._row(sums, norm, totals, multiplier)
+        if wrong:
+            row["skipped"] = 1
         if self.tape.replay is not None:
-            row["routing_flips"] = int(_sum_over(self.step_groups, flips))
+            row["routing_flips"] = int(sum_over(self.step_groups, flips))
         return row, sums.stop.item() > 0
 
     @torch.no_grad()
@@ -150,20 +182,59 @@ class Trainer:
                 sums[0] += self.pipeline.evaluate(work) if self.pipeline else self._loss(work).double()
                 if self.pipeline is None or self.pipeline.is_last:
                     sums[1] += batch.loss_mask_BS.sum()
-        loss, tokens = _sum_over(self.sum_groups, sums).tolist()
+        loss, tokens = sum_over(self.sum_groups, sums).tolist()
         if not tokens:
             raise ValueError("the held-out rows have no target that counts; set train.eval_every=0 or mask less")
         return loss / tokens
 
-    def save(self) -> None:
-        """Publish a checkpoint of the current step."""
-        state = {"step": self.step, "data": self.loader.state_dict()}
+    def save(self, val_loss: float | None = None) -> None:
+        """Publish a checkpoint of the current step, or begin to. val_loss: if it was evaluated at this step."""
+        self.watchdog.beat(f"checkpoint of step {self.step}")
+        self.guard.check_weights(self.parameters, self.step)
+        known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+        state = {"step": self.step, "data": self.loader.state_dict(), "val_loss": known, "bad_steps": self.guard.bad}
         layout = {**self.layout.attention, **self.layout.expert, "world": self.layout.world}
-        self.store.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
-        self.log.note(f"checkpoint of step {self.step} in {self.store.root}")
+        self.saver.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
+
+    def _tell_saves(self) -> None:
+        for outcome in self.saver.finished():
+            self.log.note(str(outcome))
+
+    def _finish_saves(self, row: dict[str, Any] | None) -> None:
+        """A run ends with a checkpoint of its last step; a save that failed is tried once more."""
+        self.watchdog.beat("the last checkpoint")
+        if self.saver.wait() != self.step:
+            self._tell_saves()
+            self.save((row or {}).get("val_loss"))
+            self.saver.wait()
+        self._tell_saves()
+        if self.saver.newest != self.step:
+            raise RuntimeError(f"the run ends at step {self.step} and its last checkpoint is of {self.saver.newest}")
+
+    def _bad_step(self, wrong: str, sample_ids: list[str]) -> str:
+        """Skip or roll back, as `train.on_bad_step` says; raises RuntimeError to stop. Collective."""
+        action, text = self.guard.verdict(self.step + 1, wrong, gather(lambda: (self.meshes.dp_rank, sample_ids)))
+        self.log.note(text)
+        if action == "rollback":
+            self._roll_back(text)
+        return action
+
+    def _roll_back(self, why: str) -> None:
+        """To the newest checkpoint, but for the data, which goes on behind the bad batch."""
+        self.saver.wait()
+        path = on_rank0(self.store.latest)
+        if path is None:
+            raise RuntimeError(f"{why}; no checkpoint to roll back to")
+        bad, self.step = self.step + 1, int(self.store.load(path, self.model, self.optimizer)["step"])
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.pipeline:
+            self.pipeline.after_update()
+        on_rank0(lambda: self.tape.start(self.step))
+        self.log.roll_back(self.step, {"bad_step": bad, "why": why})
 
     def close(self) -> None:
-        """Give back the data thread, the logs, and the run directory."""
+        """Give back the threads, the logs, and the run directory."""
+        self.saver.close()
         self.loader.close()
         self.log.close()
         if self.rank0:
@@ -220,60 +291,8 @@ class Trainer:
         row: dict[str, Any] = {"step": self.step, **dict(zip(terms, values)), "grad_norm": values[-2]}
         row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(values[-1])}
         row |= self.throughput.step(int(values[-1]))
+        if exposed_s := self.saver.exposed_s():
+            row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
             row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, sums.dropped_L, values[-1])
         return row
-
-    def _restore(self) -> int:
-        """Load what `run.resume` or `init.from` names; returns the steps already done."""
-        resume, start_from = self.config.run.resume, self.config.init.get("from", "")
-        if self.rank0:
-            self.store.clean()
-        path = on_rank0(lambda: self._resume_path(resume))
-        if path is None:
-            if start_from:
-                load_weights(on_rank0(lambda: resolve(start_from)), self.model)
-            on_rank0(lambda: self.store.set_aside_newer(-1))  # a fresh start supersedes what an older run left here
-            return 0
-        state = self.store.load(path, self.model, self.optimizer)
-        self.loader.load_state_dict(state["data"])
-        on_rank0(lambda: self.store.set_aside_newer(state["step"]))
-        return int(state["step"])
-
-    def _resume_path(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        return self.store.latest() if resume == "auto" else resolve(resume)
-
-    def _build_loader(self) -> Loader:
-        config = self.config
-        return Loader(
-            config.data,
-            seq_len=config.train.seq_len,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch or config.train.global_batch // self.layout.dp,
-            dp_rank=self.meshes.dp_rank,
-            dp_size=self.layout.dp,
-            seed=config.run.seed,
-            vocab_size=config.model.vocab_size,
-        )
-
-    def _describe(self) -> dict[str, Any]:
-        parameters = count(self.config.model)
-        degrees = {**self.layout.attention, **self.layout.expert}
-        chosen = {"experts": self.experts_choice} if self.experts_choice else {}
-        return {
-            "model": f"{self.config.model.name}: {parameters.total:,} parameters, {parameters.active:,} active",
-            "ranks": f"{self.layout.world} on {self.device.type}",
-            "layout": " ".join(f"{axis}={size}" for axis, size in degrees.items() if size > 1) or "one rank",
-            **chosen,
-            "run": str(self.run_dir),
-            "from": f"step {self.step}",
-            "train": " ".join(f"{k}={v}" for k, v in asdict(self.config.train).items()),
-        }
-
-
-def _sum_over(groups: list[ProcessGroup], x: Tensor) -> Tensor:
-    for group in groups:
-        x = all_reduce_sum(x, group)
-    return x

@@ -7,54 +7,50 @@ all cores before the device is touched. What wins here is written by hand into m
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
+import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import triton
 from moetrain_kernels import compile_check, experts, plan
-from moetrain_kernels.launch import Tiles
-from shapes import SHAPES, Shape, dense_limit_ms, median_ms, route
+from moetrain_kernels.launch import Ring, Tiles
+from shapes import SHAPES, Shape, dense_limit_ms, route
 
-GEMM = [
-    Tiles(128, 256, 64, 8, 3, 1, 2),
-    Tiles(128, 256, 64, 8, 3, 1, 4),
-    Tiles(128, 256, 128, 8, 2, 1, 4),
-    Tiles(128, 256, 64, 8, 3, 1, 2, group=8),
-    Tiles(128, 256, 64, 8, 3, 1, 2, group=32),
-    Tiles(64, 256, 64, 4, 4, 1, 4),
-    Tiles(64, 256, 64, 8, 4, 1, 4),
-]
+ROWS = [Ring(), Ring(cols=128, bufs=1), Ring(stages=3, cols=128), Ring(stages=3, bufs=4), Ring(group=16), Ring(group=4)]
 WGRAD = [
-    Tiles(128, 256, 64, 8, 5, 1, 2, group=4),
-    Tiles(128, 256, 64, 8, 5, 1, 1, group=4),
-    Tiles(128, 256, 64, 8, 5, 1, 2, group=8),
-    Tiles(128, 256, 64, 8, 5, 1, 2),
-    Tiles(128, 256, 64, 8, 7, 1, 2, group=4),
-    Tiles(128, 256, 64, 8, 7, 1, 4, group=8),
+    Ring(group=4),
+    Ring(cols=128, bufs=1, group=4),
+    Ring(stages=3, bufs=4, group=4),
+    Ring(group=2),
+    Ring(group=8),
+    Ring(gather_left=False, group=4),
+    Ring(gather_left=False, cols=128, bufs=1, group=8),
 ]
-CANDIDATES = {
+GEMM = [Tiles(128, 256, 64, 8, 3, 1, 2, group=8), Tiles(64, 256, 64, 4, 4, 1, 4), Tiles(64, 256, 64, 8, 4, 1, 4)]
+CANDIDATES: dict[str, list[Tiles | Ring]] = {
     "up": [
+        Ring(bn=128),
+        Ring(bn=128, cols=128, bufs=1),
+        Ring(bn=128, stages=3, bufs=3),
+        Ring(bn=128, group=16),
+        Ring(bn=128, group=4),
         Tiles(128, 128, 64, 8, 3),
-        Tiles(128, 128, 64, 8, 3, group=8),
-        Tiles(128, 128, 64, 8, 3, group=32),
-        Tiles(128, 128, 64, 8, 4, 1, 2),
-        Tiles(128, 128, 128, 8, 2, 1, 2),
-        Tiles(64, 128, 64, 4, 4, 1, 2),
-        Tiles(64, 128, 64, 4, 4),
         Tiles(64, 128, 64, 8, 4),
     ],
-    "up_plain": GEMM[:3],
-    "down": GEMM,
-    "down_grad": GEMM,
-    "dx": GEMM,
-    "dw_down": WGRAD,
-    "dw_up": WGRAD,
+    "up_plain": [Ring()],
+    "down": ROWS + GEMM,
+    "down_grad": ROWS + GEMM,
+    "dx": ROWS + GEMM,
+    "dw_down": [*WGRAD, Tiles(128, 256, 64, 8, 5, group=4), Tiles(128, 256, 64, 8, 5, split=2)],
+    "dw_up": [*WGRAD, Tiles(128, 256, 64, 8, 5, group=4), Tiles(128, 256, 64, 8, 5, split=2)],
 }
 
 
-def runner(name: str, shape: Shape, tiles: Tiles, device: str):
+def runner(name: str, shape: Shape, tiles: Tiles | Ring, device: str):
     """A function that launches one kernel on freshly made inputs of the shape."""
     make = torch.randn if device == "cuda" else torch.empty
 
@@ -96,7 +92,29 @@ def memory_bound(shape: Shape):
     yield "swiglu_grad", lambda i: experts.swiglu_grad(b, gate, p, h), 2 * 6 * rows * shape.F / mib
 
 
-def precompile(job: tuple[str, Shape, Tiles]) -> str | None:
+def device_ms(run: Callable[[], object], repeats: int = 8) -> float:
+    """Median milliseconds of run() on the device: a long wait first lets the host queue every launch ahead."""
+    for _ in range(2):
+        run()
+    torch.cuda._sleep(3_000_000)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def blocks(t: Tiles | Ring) -> str:
+    """A candidate in one word or two."""
+    if isinstance(t, Ring):
+        side = "left" if t.gather_left else "right"
+        return f"ring 128x{t.bn}x{t.bk} s{t.stages} cols{t.cols}x{t.bufs} group{t.group} {side}"
+    return f"{t.bm}x{t.bn}x{t.bk} w{t.warps} s{t.stages} p{t.per_sm} split{t.split} group{t.group}"
+
+
+def precompile(job: tuple[str, Shape, Tiles | Ring]) -> str | None:
     """Fill Triton's disk cache for one job without a device; returns an error or None."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
@@ -114,8 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     shapes = [s for s in SHAPES if s.name in args.shapes]
 
-    def bound(tiles: Tiles) -> Tiles:
-        return replace(tiles, sms=132, tma=True)
+    def bound(tiles: Tiles | Ring) -> Tiles | Ring:
+        return replace(tiles, sms=132) if isinstance(tiles, Ring) else replace(tiles, sms=132, tma=True)
 
     jobs = [(k, s, bound(t)) for s in shapes for k in args.kernels for t in CANDIDATES[k]]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
@@ -128,15 +146,14 @@ def main() -> None:
             found = []
             for tiles in CANDIDATES[name]:
                 try:
-                    found.append((median_ms(runner(name, shape, bound(tiles), "cuda"), repeats=8), tiles))
+                    found.append((device_ms(runner(name, shape, bound(tiles), "cuda")), tiles))
                 except Exception as error:
                     print(f"  {name} {tiles}: {str(error)[:120]}")
             for ms, t in sorted(found, key=lambda pair: pair[0]):
-                blocks = f"{t.bm}x{t.bn}x{t.bk} w{t.warps} s{t.stages} p{t.per_sm} split{t.split} group{t.group}"
                 share = limit[name.removesuffix("_plain")] / ms
-                print(f"  {name:10s} {blocks:40s} {ms:7.3f} ms  {share:5.2f} of dense", flush=True)
+                print(f"  {name:10s} {blocks(t):46s} {ms:7.3f} ms  {share:5.2f} of dense", flush=True)
         for name, run, mib in memory_bound(shape):
-            ms = median_ms(run)
+            ms = device_ms(lambda run=run: run(0))
             print(f"  {name:10s} {ms:7.3f} ms  {mib / 1024 / ms:5.2f} TB/s", flush=True)
 
 

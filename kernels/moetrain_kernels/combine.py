@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, power_of_2
+from .launch import Launcher, cdiv, power_of_2
 from .plan import RowPlan
 
 BLOCK_ELEMENTS = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_kernel(
     y_ptr,
     row_S,
@@ -54,6 +54,9 @@ def combine_kernel(
     tl.store(out_ptr + token.to(tl.int64)[:, None] * N + cols[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+launch_combine = Launcher(combine_kernel)
+
+
 def combine(
     y_RN: torch.Tensor,
     plan: RowPlan,
@@ -67,20 +70,14 @@ def combine(
     out_TN = y_RN.new_empty(num_tokens, num_n)
     block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
     tokens = max(1, BLOCK_ELEMENTS // block)
-    combine_kernel[(cdiv(num_tokens, tokens), cdiv(num_n, block))](
-        y_RN,
-        plan.row_TK,
-        gate_TK,
-        part_RP,
-        dgate_TK,
-        out_TN,
-        num_tokens,
-        N=num_n,
-        K=top_k,
-        WEIGHTED=gate_TK is not None,
-        PARTS=0 if part_RP is None else part_RP.shape[1],
-        TOKENS=tokens,
-        BLOCK=block,
-        num_warps=8,
-    )
+    args = (y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, num_tokens)
+    constants = {
+        "N": num_n,
+        "K": top_k,
+        "WEIGHTED": gate_TK is not None,
+        "PARTS": 0 if part_RP is None else part_RP.shape[1],
+        "TOKENS": tokens,
+        "BLOCK": block,
+    }
+    launch_combine((cdiv(num_tokens, tokens), cdiv(num_n, block), 1), args, constants, num_warps=8)
     return out_TN

@@ -18,9 +18,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import combine, configs, experts, gemm, launch, plan, router, swiglu_grad, up, weight_grad
+from . import (
+    combine,
+    configs,
+    experts,
+    gemm,
+    gemm_ws,
+    launch,
+    plan,
+    router,
+    swiglu_grad,
+    up,
+    weight_grad,
+    weight_grad_ws,
+)
 
 KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router)
+RING_MODULES = (gemm_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 
@@ -40,9 +54,10 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def kernel_names() -> set[str]:
-    """Every @triton.jit function of the package that is launched (helpers are inlined into these)."""
-    names = {n for m in KERNEL_MODULES for n, v in vars(m).items() if isinstance(v, JITFunction)}
+def kernel_names(arch: int) -> set[str]:
+    """Every kernel of the package that an architecture launches (helpers are inlined into these)."""
+    modules = KERNEL_MODULES + (RING_MODULES if arch == 90 else ())
+    names = {n for m in modules for n, v in vars(m).items() if isinstance(v, JITFunction)}
     return {n for n in names if n.endswith("_kernel")}
 
 
@@ -93,7 +108,7 @@ def check(arch: int) -> bool:
     cases = {
         "bf16": partial(compile_layer, torch.bfloat16, 1024),
         "bf16, few rows": partial(compile_layer, torch.bfloat16, 16),
-        "fp16": partial(compile_layer, torch.float16, 1024),
+        "fp16, odd D": partial(compile_layer, torch.float16, 1024, (2056, 1024)),
         "fp32": partial(compile_layer, torch.float32, 1024),
         "router": compile_router,
     }
@@ -112,7 +127,7 @@ def check(arch: int) -> bool:
             good &= fits
             print(f"sm_{arch}  {label:15s} {name:22s} shared {shared:6d} B  {'ok' if fits else 'TOO LARGE'}")
         reached |= {name for name, _ in report}
-    missed = kernel_names() - reached
+    missed = kernel_names(arch) - reached
     if missed:
         print(f"sm_{arch}  never reached: {sorted(missed)}")
     return good and not missed

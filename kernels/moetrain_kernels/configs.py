@@ -10,19 +10,19 @@ from functools import cache
 
 import torch
 
-from .launch import Tiles, device_traits, fits_tma
+from .launch import Ring, Tiles, device_traits, fits_tma
 
 
 @dataclass(frozen=True)
 class Config:
     """Blocks of the six GEMM-like kernels of one expert layer."""
 
-    up: Tiles
-    down: Tiles
-    down_grad: Tiles
-    dx: Tiles
-    dw_down: Tiles
-    dw_up: Tiles
+    up: Tiles | Ring
+    down: Tiles | Ring
+    down_grad: Tiles | Ring
+    dx: Tiles | Ring
+    dw_down: Tiles | Ring
+    dw_up: Tiles | Ring
 
     @property
     def block_m(self) -> int:
@@ -30,11 +30,27 @@ class Config:
 
     def on(self, sms: int, tma: bool, precision: str) -> Config:
         """The same blocks bound to a device."""
-        bind = {name: replace(tiles, sms=sms, tma=tma, precision=precision) for name, tiles in vars(self).items()}
-        return Config(**bind)
+
+        def bind(tiles: Tiles | Ring) -> Tiles | Ring:
+            if isinstance(tiles, Ring):
+                return replace(tiles, sms=sms)
+            return replace(tiles, sms=sms, tma=tma, precision=precision)
+
+        return Config(**{name: bind(tiles) for name, tiles in vars(self).items()})
 
 
-# Hopper, 16-bit, at least about 200 rows per expert. One program per multiprocessor owns nearly all its registers.
+# Hopper, 16-bit, D a multiple of 64, at least about 200 rows per expert: warp-specialised kernels.
+RING = Config(up=Ring(bn=128), down=Ring(), down_grad=Ring(), dx=Ring(), dw_down=Ring(group=4), dw_up=Ring(group=4))
+# The same with few rows per expert: half the row tile wastes fewer rows, the weights are what is read.
+HOPPER_FEW_ROWS = Config(
+    up=Tiles(64, 128, 64, warps=8, stages=4),
+    down=Tiles(64, 256, 64, warps=4, stages=4, split=4),
+    down_grad=Tiles(64, 256, 64, warps=8, stages=4, split=4),
+    dx=Tiles(64, 256, 64, warps=4, stages=4, split=4),
+    dw_down=Ring(group=4),
+    dw_up=Ring(group=4),
+)
+# Hopper, 16-bit, any other D. One program per multiprocessor owns nearly all its registers.
 HOPPER = Config(
     up=Tiles(128, 128, 64, warps=8, stages=3),
     down=Tiles(128, 256, 64, warps=8, stages=3, split=2, group=8),
@@ -42,15 +58,6 @@ HOPPER = Config(
     dx=Tiles(128, 256, 64, warps=8, stages=3, split=2),
     dw_down=Tiles(128, 256, 64, warps=8, stages=5, group=4),
     dw_up=Tiles(128, 256, 64, warps=8, stages=5, group=4),
-)
-# Hopper, 16-bit, few rows per expert: half the row tile wastes fewer rows, the weights are what is read.
-HOPPER_FEW_ROWS = Config(
-    up=Tiles(64, 128, 64, warps=8, stages=4),
-    down=Tiles(64, 256, 64, warps=4, stages=4, split=4),
-    down_grad=Tiles(64, 256, 64, warps=8, stages=4, split=4),
-    dx=Tiles(64, 256, 64, warps=4, stages=4, split=4),
-    dw_down=Tiles(128, 256, 64, warps=8, stages=5, split=2),
-    dw_up=Tiles(128, 256, 64, warps=8, stages=5, split=2),
 )
 # Anything else that Triton runs on: pointer loads, and tiles that also fit fp32 and smaller shared memories.
 PORTABLE = Config(
@@ -72,7 +79,8 @@ def choose(x_TD: torch.Tensor, w_gate_up_E2FD: torch.Tensor, w_down_EDF: torch.T
     precision = "ieee" if x_TD.dtype == torch.float32 else "tf32"
     if capability == 90 and x_TD.element_size() == 2 and fits_tma(x_TD, w_gate_up_E2FD, w_down_EDF):
         few = rows < 200 * w_down_EDF.shape[0]
-        return _bound(HOPPER_FEW_ROWS if few else HOPPER, sms, True, precision)
+        table = HOPPER if x_TD.shape[1] % 64 else HOPPER_FEW_ROWS if few else RING
+        return _bound(table, sms, True, precision)
     return _bound(PORTABLE, sms, False, precision)
 
 

@@ -138,15 +138,14 @@ def moe_experts(
     w_down_EDF: torch.Tensor,
     *,
     max_rows: int | None = None,
-    deterministic: bool = True,
 ) -> torch.Tensor:
     """y_t = sum over slots k of gate[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = expert[t, k].
 
     x [T, D]; expert [T, K] local ids, anything outside [0, E) marks an unused slot (no output, zero gate gradient);
     gate [T, K] any floating dtype; w_gate_up [E, 2, F, D] (gate, then up); w_down [E, D, F]; y [T, D] in x's dtype.
     Differentiable once in x, gate and both weights. Nothing waits for the device. `max_rows` bounds the active slots
-    and so the buffers (default T*K); slots past a bound that is too small are dropped. `deterministic` changes
-    nothing here: no kernel uses atomics, so results always repeat bit for bit.
+    and so the buffers (default T*K); slots past a bound that is too small are dropped. No kernel uses atomics, so
+    results always repeat bit for bit.
     """
     _check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows)
     return _Experts.apply(

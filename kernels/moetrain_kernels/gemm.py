@@ -6,12 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, cdiv, programs
+from .gemm_ws import rows_ws
+from .launch import Launcher, Ring, Tiles, block_desc, cdiv, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, load_block, load_tokens, locate_tile, store_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_w_rows"])
 def grouped_gemm_kernel(
     a_desc,
     a_ptr,
@@ -77,8 +78,16 @@ def grouped_gemm_kernel(
             acc = tl.zeros((BM, BN), tl.float32)
 
 
+launch_gemm = Launcher(grouped_gemm_kernel)
+
+
 def grouped_gemm(
-    a: torch.Tensor, plan: RowPlan, w_E: torch.Tensor, tiles: Tiles, transposed: bool = False, gather: bool = False
+    a: torch.Tensor,
+    plan: RowPlan,
+    w_E: torch.Tensor,
+    tiles: Tiles | Ring,
+    transposed: bool = False,
+    gather: bool = False,
 ) -> torch.Tensor:
     """`out_RN`: each row times its expert's matrix, `w_E` being [E, N, C], or [E, C, N] if `transposed`.
 
@@ -86,13 +95,16 @@ def grouped_gemm(
     """
     num_n, num_c = (w_E.shape[2], w_E.shape[1]) if transposed else (w_E.shape[1], w_E.shape[2])
     out_RN = a.new_empty(plan.max_rows, num_n)
+    if isinstance(tiles, Ring):
+        rows_ws(a, plan, w_E, (out_RN.view(-1, 1, num_n),), tiles, transposed=transposed, gather=gather)
+        return out_RN
     w_rows = w_E.view(-1, w_E.shape[2])
     w_block = (tiles.bk, tiles.bn) if transposed else (tiles.bn, tiles.bk)
     a_desc = block_desc(a, (tiles.bm, tiles.bk), tiles.tma and not gather)  # a gradient from outside may be unaligned
     w_desc = block_desc(w_rows, w_block, tiles.tma)
     out_desc = block_desc(out_RN.view(-1, 1, num_n), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_n, tiles.bn))
-    grouped_gemm_kernel[(p,)](
+    args = (
         a_desc,
         a,
         w_desc,
@@ -104,20 +116,21 @@ def grouped_gemm(
         plan.sizes_2,
         a.shape[0],
         w_rows.shape[0],
-        N=num_n,
-        C=num_c,
-        K=plan.top_k,
-        GATHER=gather,
-        W_NC=not transposed,
-        BM=tiles.bm,
-        BN=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
+    constants = {
+        "N": num_n,
+        "C": num_c,
+        "K": plan.top_k,
+        "GATHER": gather,
+        "W_NC": not transposed,
+        "BM": tiles.bm,
+        "BN": tiles.bn,
+        "BK": tiles.bk,
+        "GROUP": tiles.group,
+        "P": p,
+        "SPLIT": tiles.split,
+        "TMA": tiles.tma,
+        "PREC": tiles.precision,
+    }
+    launch_gemm((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return out_RN

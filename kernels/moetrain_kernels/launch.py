@@ -30,6 +30,60 @@ class Tiles:
     precision: str = "tf32"
 
 
+@dataclass(frozen=True)
+class Ring:
+    """Blocks of a warp-specialised Hopper kernel: output tiles of 128 x `bn` (for the up kernel bn counts gate columns)
+    and reduction steps of `bk`, in a ring of `stages`; each consumer stores `cols` columns at a time through `bufs`
+    staging buffers. `gather_left`: which side of a weight gradient's tile is gathered."""
+
+    bn: int = 256
+    stages: int = 4
+    cols: int = 64
+    bufs: int = 2
+    group: int = 8
+    gather_left: bool = True
+    bk: int = 64
+    sms: int = 1
+
+    @property
+    def bm(self) -> int:
+        return 128
+
+
+class Launcher:
+    """Launches one kernel; finds the compiled variant by a key of its own.
+
+    Triton's own lookup costs the host tens of microseconds, twelve times a step: more than a small layer's kernels
+    take. The key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte
+    alignment. Integers must be declared do_not_specialize.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.variants: dict[tuple, object] = {}
+
+    def __call__(self, grid: tuple[int, ...], args: tuple, constants: dict, **options: int) -> None:
+        """`args` come before the constants in the kernel's signature, in order; grid is (x, y, z)."""
+        tensor = next(a for a in args if isinstance(a, torch.Tensor))
+        if not tensor.is_cuda:  # interpreted, or compiled only
+            self.kernel[grid](*args, **constants, **options)
+            return
+        values = tuple(constants.values())
+        key = (tensor.device, values, tuple(options.values()), *map(_trait, args))
+        variant = self.variants.get(key)
+        if variant is None:
+            self.variants[key] = self.kernel[grid](*args, **constants, **options)
+        else:
+            variant[grid](*args, *values)
+
+
+def _trait(arg: object) -> object:
+    if isinstance(arg, torch.Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    base = getattr(arg, "base", None)
+    return type(arg) if base is None else base.dtype
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1, set before triton was imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, power_of_2
+from .launch import Launcher, cdiv, power_of_2
 
 BLOCK_SLOTS = 128
 TABLE_ROWS = 32
@@ -50,7 +50,7 @@ class RowPlan:
         return self.spans_E3.shape[0]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def histogram_kernel(
     expert_S, counts_EB, num_slots, num_blocks, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -63,7 +63,7 @@ def histogram_kernel(
     tl.store(counts_EB + ids.to(tl.int64) * num_blocks + block, count, mask=ids < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def prefix_kernel(counts_EB, total_E, num_blocks, BLOCK: tl.constexpr):
     """Per expert, counts become exclusive prefixes over the blocks; the total goes to total_E."""
     expert = tl.program_id(0)
@@ -147,7 +147,7 @@ def _write_tiles(
     tl.store(tiles_M3 + 3 * t + 2, row_end, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "max_rows", "max_tiles"])
 def scatter_kernel(
     expert_S,
     prefix_EB,
@@ -182,6 +182,11 @@ def scatter_kernel(
         _write_tiles(count, ids, tiles_M3, first_tile, max_rows, max_tiles, E, BLOCK_M, TABLE)
 
 
+launch_histogram = Launcher(histogram_kernel)
+launch_prefix = Launcher(prefix_kernel)
+launch_scatter = Launcher(scatter_kernel)
+
+
 def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows: int | None = None) -> RowPlan:
     """Build the plan. `max_rows` is a promise (default T*K): rows past it are dropped, never written out of bounds."""
     num_slots = expert_TK.numel()
@@ -199,29 +204,21 @@ def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows:
     e_pow2 = power_of_2(num_experts)
     warps = 4 if e_pow2 <= 128 else 8 if e_pow2 == 256 else 16  # the [slots, E] comparisons stay in registers
     expert_TK = expert_TK.contiguous()
-    histogram_kernel[(num_blocks,)](
-        expert_TK, counts_EB, num_slots, num_blocks, E=num_experts, E_POW2=e_pow2, BLOCK=BLOCK_SLOTS, num_warps=warps
+    sizes = {"E": num_experts, "E_POW2": e_pow2}
+    launch_histogram(
+        (num_blocks, 1, 1),
+        (expert_TK, counts_EB, num_slots, num_blocks),
+        {**sizes, "BLOCK": BLOCK_SLOTS},
+        num_warps=warps,
     )
-    prefix_kernel[(num_experts,)](counts_EB, total_E, num_blocks, BLOCK=min(2048, power_of_2(num_blocks)))
+    args = (counts_EB, total_E, num_blocks)
+    launch_prefix((num_experts, 1, 1), args, {"BLOCK": min(2048, power_of_2(num_blocks))}, num_warps=4)
     programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
-    scatter_kernel[(programs,)](
-        expert_TK,
-        counts_EB,
-        total_E,
-        plan.slot_R,
-        plan.row_TK,
-        plan.tiles_M3,
-        plan.spans_E3,
-        plan.sizes_2,
-        num_slots,
-        num_blocks,
-        rows,
-        max_tiles,
-        E=num_experts,
-        E_POW2=e_pow2,
-        BLOCK_M=block_m,
-        BLOCK=BLOCK_SLOTS,
-        TABLE=TABLE_ROWS,
+    outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_2)
+    launch_scatter(
+        (programs, 1, 1),
+        (expert_TK, counts_EB, total_E, *outputs, num_slots, num_blocks, rows, max_tiles),
+        {**sizes, "BLOCK_M": block_m, "BLOCK": BLOCK_SLOTS, "TABLE": TABLE_ROWS},
         num_warps=warps,
     )
     return plan

@@ -91,12 +91,10 @@ def moe_experts(
     w_down_EDF: torch.Tensor,
     *,
     max_rows: int | None = None,
-    deterministic: bool = True,
 ) -> torch.Tensor:
     """y_t = sum over slots k of gate[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = expert[t, k]; differentiable.
 
-    `max_rows` and `deterministic` are accepted for the common signature: this version needs no bound and is
-    deterministic wherever torch's own matmul and indexing are.
+    `max_rows` is accepted for the common signature: this version needs no bound.
     """
     rows = sort_rows(expert_TK, w_down_EDF.shape[0])
     _, a_RF = up_swiglu(x_TD, rows, w_gate_up_E2FD)

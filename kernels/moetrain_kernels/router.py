@@ -225,6 +225,7 @@ def _tokens_of_a_program(experts: int) -> int:
     return max(1, min(64, BLOCK_ELEMENTS // power_of_2(experts)))
 
 
+@torch.compiler.disable
 def route_topk(
     logit_TE: torch.Tensor,
     k: int,

@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, power_of_2
+from .launch import Launcher, cdiv, power_of_2
 from .plan import RowPlan
 
 TAIL_ROWS = 128  # at least the reduction block of the weight-gradient kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def swiglu_grad_kernel(
     b_ptr,
     h_ptr,
@@ -61,6 +61,9 @@ def swiglu_grad_kernel(
         tl.store(a_ptr + at, (act * gate).to(dtype), mask=store)
 
 
+launch_swiglu_grad = Launcher(swiglu_grad_kernel)
+
+
 def swiglu_grad(
     b_RF: torch.Tensor, gate_TK: torch.Tensor, plan: RowPlan, h_R2F: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,20 +74,7 @@ def swiglu_grad(
     block_rows, parts = elements // block, cdiv(num_f, block)
     dh_R2F = torch.empty_like(h_R2F)
     part_RP = torch.empty(rows, parts, dtype=torch.float32, device=b_RF.device)
-    swiglu_grad_kernel[(cdiv(rows, block_rows), parts)](
-        b_RF,
-        h_R2F,
-        dh_R2F,
-        b_RF,
-        gate_TK,
-        plan.slot_R,
-        part_RP,
-        plan.sizes_2,
-        rows,
-        F=num_f,
-        ROWS=block_rows,
-        BLOCK=block,
-        TAIL=TAIL_ROWS,
-        num_warps=elements // 256,
-    )
+    args = (b_RF, h_R2F, dh_R2F, b_RF, gate_TK, plan.slot_R, part_RP, plan.sizes_2, rows)
+    constants = {"F": num_f, "ROWS": block_rows, "BLOCK": block, "TAIL": TAIL_ROWS}
+    launch_swiglu_grad((cdiv(rows, block_rows), parts, 1), args, constants, num_warps=elements // 256)
     return dh_R2F, b_RF, part_RP

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, cdiv, programs
+from .gemm_ws import rows_ws
+from .launch import Launcher, Ring, Tiles, block_desc, cdiv, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, halves, load_tokens, locate_tile, sigmoid, store_block
 
@@ -98,18 +99,25 @@ def up_swiglu_kernel(
             acc = tl.zeros((BM, 2 * BF), tl.float32)
 
 
+launch_up = Launcher(up_swiglu_kernel)
+
+
 def up_swiglu(
-    x_TD: torch.Tensor, plan: RowPlan, w_gate_up_E2FD: torch.Tensor, tiles: Tiles
+    x_TD: torch.Tensor, plan: RowPlan, w_gate_up_E2FD: torch.Tensor, tiles: Tiles | Ring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`h_R2F`, `a_RF` for every row of the plan; rows past the plan's total are left unwritten."""
     num_experts, _, num_f, num_d = w_gate_up_E2FD.shape
     h_R2F = x_TD.new_empty(plan.max_rows, 2 * num_f)
     a_RF = x_TD.new_empty(plan.max_rows, num_f)
+    if isinstance(tiles, Ring):
+        outs = (h_R2F.view(-1, 2, num_f), a_RF.view(-1, 1, num_f))
+        rows_ws(x_TD, plan, w_gate_up_E2FD, outs, tiles, up=True, gather=True)
+        return h_R2F, a_RF
     w_desc = block_desc(w_gate_up_E2FD.view(2 * num_experts, num_f, num_d), (2, tiles.bn, tiles.bk), tiles.tma)
     h_desc = block_desc(h_R2F.view(-1, 2, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     a_desc = block_desc(a_RF.view(-1, 1, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_f, tiles.bn))
-    up_swiglu_kernel[(p,)](
+    args = (
         x_TD,
         w_desc,
         w_gate_up_E2FD,
@@ -120,18 +128,19 @@ def up_swiglu(
         plan.slot_R,
         plan.tiles_M3,
         plan.sizes_2,
-        D=num_d,
-        F=num_f,
-        K=plan.top_k,
-        BM=tiles.bm,
-        BF=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
+    constants = {
+        "D": num_d,
+        "F": num_f,
+        "K": plan.top_k,
+        "BM": tiles.bm,
+        "BF": tiles.bn,
+        "BK": tiles.bk,
+        "GROUP": tiles.group,
+        "P": p,
+        "SPLIT": tiles.split,
+        "TMA": tiles.tma,
+        "PREC": tiles.precision,
+    }
+    launch_up((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return h_R2F, a_RF

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles, block_desc, cdiv, power_of_2, programs
+from .launch import Launcher, Ring, Tiles, block_desc, cdiv, power_of_2, programs
 from .plan import RowPlan
 from .tiles import column_part, load_block
+from .weight_grad_ws import weight_grad_ws
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def _store_part(
         tl.store(ptr + (expert.to(tl.int64) * M + rows)[:, None] * N + cols[None, :], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def weight_grad_kernel(
     x_ptr,
     r_desc,
@@ -162,21 +163,27 @@ def weight_grad_kernel(
             acc = tl.zeros((BM, BN), tl.float32)
 
 
+launch_weight_grad = Launcher(weight_grad_kernel)
+
+
 def weight_grad(
-    x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, tiles: Tiles
+    x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, tiles: Tiles | Ring
 ) -> torch.Tensor:
     """Fill and return `out_E`: per expert the sum over its rows of outer(x[token], r[row]), transposed if `flip`.
 
     `out_E` is [E, M, N], or [E, N, M] if `flip`. r must be finite up to TAIL_ROWS past the last row
     (swiglu_grad zeroes them).
     """
+    if isinstance(tiles, Ring):
+        weight_grad_ws(x_TM, r_RN, plan, out_E, flip, tiles)
+        return out_E
     num_experts, num_m, num_n = out_E.shape[0], x_TM.shape[1], r_RN.shape[1]
     cols = tiles.bn // tiles.split
     r_desc = block_desc(r_RN, (tiles.bk, tiles.bn), tiles.tma)
     out_desc = block_desc(out_E, (1, cols, tiles.bm) if flip else (1, tiles.bm, cols), tiles.tma)
     p = programs(tiles, num_experts * cdiv(num_m, tiles.bm) * cdiv(num_n, tiles.bn))
     steps_P = torch.empty(p, dtype=torch.int32, device=r_RN.device)
-    weight_grad_kernel[(p,)](
+    args = (
         x_TM,
         r_desc,
         r_RN,
@@ -186,21 +193,22 @@ def weight_grad(
         plan.spans_E3,
         steps_P,
         r_RN.shape[0],
-        E=num_experts,
-        E_POW2=power_of_2(num_experts),
-        M=num_m,
-        N=num_n,
-        K=plan.top_k,
-        FLIP=flip,
-        BM=tiles.bm,
-        BN=tiles.bn,
-        BK=tiles.bk,
-        GROUP=tiles.group,
-        P=p,
-        SPLIT=tiles.split,
-        TMA=tiles.tma,
-        PREC=tiles.precision,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
+    constants = {
+        "E": num_experts,
+        "E_POW2": power_of_2(num_experts),
+        "M": num_m,
+        "N": num_n,
+        "K": plan.top_k,
+        "FLIP": flip,
+        "BM": tiles.bm,
+        "BN": tiles.bn,
+        "BK": tiles.bk,
+        "GROUP": tiles.group,
+        "P": p,
+        "SPLIT": tiles.split,
+        "TMA": tiles.tma,
+        "PREC": tiles.precision,
+    }
+    launch_weight_grad((p, 1, 1), args, constants, num_warps=tiles.warps, num_stages=tiles.stages)
     return out_E

@@ -19,8 +19,10 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def gather(fn: Callable[[], T]) -> list[T]:
+def gather(fn: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """`fn()` of every rank, in rank order. fn must not communicate; what it returns must pickle.
+
+    group: another one of all ranks, for a thread that must not disturb the run's own collectives.
 
     Raises on every rank if it raised on any: its own error where it did, elsewhere ValueError if the first one to fail
     raised that and RuntimeError otherwise, with the failing rank named.
@@ -36,7 +38,7 @@ def gather(fn: Callable[[], T]) -> list[T]:
         error = caught
         mine = (None, f"{type(caught).__name__}: {caught}", isinstance(caught, ValueError))
     everyone: list = [None] * world
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=group)
     if error is not None:
         raise error
     for failed, (_, message, is_value_error) in enumerate(everyone):
@@ -45,7 +47,7 @@ def gather(fn: Callable[[], T]) -> list[T]:
     return [value for value, _, _ in everyone]
 
 
-def on_rank0(fn: Callable[[], T]) -> T:
+def on_rank0(fn: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """`fn()` of rank 0, on every rank; errors as in `gather`."""
     rank, _ = rank_and_world()
-    return gather(fn if rank == 0 else lambda: None)[0]  # type: ignore[arg-type, return-value]
+    return gather(fn if rank == 0 else lambda: None, group)[0]  # type: ignore[arg-type, return-value]

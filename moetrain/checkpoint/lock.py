@@ -2,7 +2,7 @@
 
 `run.lock` names the process that holds the directory. On its own host the kernel knows whether that process lives; from
 another host all one can see is whether its heartbeat, the file's modification time, goes on. Rank 0 takes the lock and
-the caller tells the other ranks.
+the caller tells the other ranks. docs/decisions/031-one-writer.md says why it is built like this, and what NFS changes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,27 +25,40 @@ from typing import Any
 import psutil
 
 NAME = "run.lock"
+TURN = f".{NAME}.turn"  # locked while somebody looks and evicts; never removed: two could lock two files of that name
+TURN_S = 10.0
+SETTLE_S = 0.5
 
 
 class RunLock:
     """Context manager that holds `run_dir` for this process.
 
     expiry_s: a holder on another host (or in another container) counts as dead this many seconds after its last
-    heartbeat; it beats four times as often. Entering raises ValueError naming host and pid of a living holder.
+    heartbeat; it beats four times as often. wait_s: how long to wait for a living holder to go, which a restarted run
+    does. on_lost: called from the heartbeat's thread if another host found the heartbeat silent and took over.
+    Entering raises ValueError naming host and pid of a living holder.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, expiry_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        expiry_s: float = 60.0,
+        wait_s: float = 0.0,
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
         self.path = Path(run_dir) / NAME
-        self.expiry_s = expiry_s
+        self.expiry_s, self.wait_s, self.on_lost = expiry_s, wait_s, on_lost
         self._text = ""
         self._stop = threading.Event()
 
     def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._text = json.dumps({**_whoami(), "token": secrets.token_hex(8)})
-        with _one_at_a_time(self.path.parent):
-            while not self._create():
-                self._evict_or_refuse()
+        deadline = time.monotonic() + self.wait_s
+        while not self._try():
+            if time.monotonic() >= deadline:
+                self._refuse()
+            time.sleep(min(0.2, self.wait_s))
         self._stop.clear()
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
         atexit.register(self.release)
@@ -66,6 +81,17 @@ class RunLock:
             self.path.unlink(missing_ok=True)
         self._text = ""
 
+    def _try(self) -> bool:
+        """Create the lock, evicting a dead holder's. False: somebody living holds it."""
+        with _turn(self.path.parent) as alone:
+            while not self._create():
+                if not self._evict():
+                    return False
+            self._sweep()
+        if not alone:  # without turns, a late evictor may just have moved our file away: see `_evict`
+            time.sleep(SETTLE_S)
+        return self.held()
+
     def _create(self) -> bool:
         """Create the file with its content in one step: a link appears only once the content is there."""
         draft = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}")
@@ -78,27 +104,43 @@ class RunLock:
             draft.unlink()
         return True
 
-    def _evict_or_refuse(self) -> None:
+    def _evict(self) -> bool:
+        """Remove a dead holder's file; false if the holder lives."""
         text = _read(self.path)
         if text is None:
-            return  # released just now
-        holder = _parse(text)
-        if self._lives(holder):
-            raise ValueError(
-                f"{self.path.parent} is in use by pid {holder['pid']} on host {holder['host']}; stop that run, choose "
-                f"another run.dir, or, if it is dead, wait {self.expiry_s:.0f} s or delete {self.path}"
-            )
-        # Processes of two hosts may find the same dead holder. Only one rename of its file succeeds; one that is so
-        # late that it moved the winner's new lock puts it back.
+            return True  # released just now
+        if self._lives(_parse(text)):
+            return False
+        # Where turns do not work, several may find the same dead holder. Only one rename of its file succeeds; one that
+        # is so late that it moved the winner's new lock links it back, never over a third one's.
         aside = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
-            return
-        if _read(aside) != text:
-            os.rename(aside, self.path)
-            return
-        aside.unlink()
+            return True
+        try:
+            if _read(aside) not in (text, None):  # None: the winner has swept it
+                os.link(aside, self.path)
+        except FileExistsError:
+            pass
+        finally:
+            aside.unlink(missing_ok=True)
+        return True
+
+    def _refuse(self) -> None:
+        holder = _parse(_read(self.path) or "")
+        raise ValueError(
+            f"{self.path.parent} is in use by pid {holder['pid']} on host {holder['host']}; stop that run, choose "
+            f"another run.dir, or, if it is dead, wait {self.expiry_s:.0f} s or delete {self.path}"
+        )
+
+    def _sweep(self) -> None:
+        """Remove drafts of processes that were killed while they took the lock."""
+        old = self._now() - self.expiry_s
+        for path in self.path.parent.glob(f".{NAME}.*"):
+            with suppress(FileNotFoundError):
+                if path.name != TURN and path.stat().st_mtime < old:
+                    path.unlink()
 
     def _lives(self, holder: dict[str, Any]) -> bool:
         me = _whoami()
@@ -125,24 +167,59 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(self.expiry_s / 4):
-            if not self.held():
-                return
             try:
-                os.utime(self.path)
+                if self.held():
+                    os.utime(self.path)
+                    continue
             except FileNotFoundError:
-                return
+                pass  # lost since we looked
+            except OSError:
+                continue  # the file server is away; the next beat may reach it
+            if self.on_lost is not None and not self._stop.is_set():
+                self.on_lost()
+            return
+
+
+def run_lock(run_dir: str | os.PathLike) -> RunLock:
+    """The lock of a training run: it waits after a restart by torchrun, and ends the process when it is lost."""
+    lock = RunLock(run_dir)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        lock.wait_s = 1.5 * lock.expiry_s  # the ranks may have moved: our predecessor's heartbeat is all we see
+
+    def lost() -> None:
+        holder = _parse(_read(lock.path) or "")
+        text = f"{lock.path}: pid {holder['pid']} on host {holder['host']} took over, because our heartbeat was silent"
+        print(f"{text} for {lock.expiry_s:.0f} s; this process ends before it writes more", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    lock.on_lost = lost
+    return lock
 
 
 @contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Processes of this host take turns at looking and evicting; a file system without locks goes without."""
-    handle = os.open(directory, os.O_RDONLY)
+def _turn(directory: Path) -> Iterator[bool]:
+    """Processes take turns at looking and evicting. False where the file system cannot lock, or a turn never ends.
+
+    flock needs a file opened for writing on NFS, which turns it into a lock on the server, for all hosts.
+    """
+    handle = os.open(directory / TURN, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield _locked(handle)
     finally:
         os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    deadline = time.monotonic() + TURN_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return False
+    return False
 
 
 def _whoami() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a step directory holds, and whether it still does.
 
 `manifest.json` lists every other file with its size and SHA-256, so damage is found and named before a byte of it is
-used. It holds a digest of itself as well. Only files found by walking the directory are ever opened: a manifest that
-lists `../elsewhere` lists a missing file, and links and devices are problems, not files.
+used. It holds a digest of itself as well. Only files found by walking the directory are ever opened; links, pipes, and
+devices are problems, not files, and so is a manifest that lists `../elsewhere`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,33 @@ import platform
 import re
 import stat
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 import moetrain
+from moetrain.checkpoint.formats import FORMAT, check_format, migrate_trainer_state
 
 NAME = "manifest.json"
-FORMAT = 1
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 def step_name(step: int) -> str:
     """`step_00000100` for 100."""
     return f"step_{step:08d}"
+
+
+def published(folder: Path) -> list[Path]:
+    """What has a step's name in a checkpoints folder, oldest first; the content is not looked at."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """100 for `.../step_00000100`."""
+    return int(path.name.removeprefix("step_"))
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -57,22 +69,47 @@ def write(directory: Path, step: int, layout: dict, config: dict, files: dict[st
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest of a step directory. Raises ValueError if it is missing, damaged, or of another format."""
+    """The manifest of a step directory, `format` as it was written.
+
+    Raises ValueError if it is missing or damaged, FormatError if this moetrain does not know its format.
+    """
     path = directory / NAME
     try:
+        if not stat.S_ISDIR(os.lstat(directory).st_mode):
+            raise ValueError(f"{directory} is not a folder: not a checkpoint")
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ValueError(f"{path} is not a regular file")
         manifest = json.loads(path.read_text())
-        version = manifest["format"]
-        if version != FORMAT:
-            raise ValueError(f"{path} has format {version}; this moetrain reads format {FORMAT}")
         if manifest["sha256"] != _self_digest({k: v for k, v in manifest.items() if k != "sha256"}):
             raise ValueError(f"{path} is damaged: its content does not match its own sha256")
+        check_format(path, manifest["format"])
+        _check_entries(path, manifest)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a complete checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return manifest
+
+
+def trainer_state(directory: Path) -> dict[str, Any]:
+    """What trainer.json of an intact step directory says, in today's terms."""
+    state = json.loads((directory / "trainer.json").read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"{directory / 'trainer.json'} is refused: it is a {type(state).__name__}")
+    return migrate_trainer_state(state, read(directory)["format"])
+
+
+def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
+    """A digest can be made by anyone: what is used later has to have the right types and to stay inside."""
+    for key, kind in (("step", int), ("layout", dict), ("config", dict), ("files", dict)):
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"{path} is refused: {key} is a {type(manifest[key]).__name__}")
+    for name, entry in manifest["files"].items():
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or inside.as_posix() != name:
+            raise ValueError(f"{path} is refused: it lists {name!r}, which is outside the checkpoint")
+        if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
+            raise ValueError(f"{path} is refused: {name!r} has no size and sha256")
 
 
 def problems(directory: Path, hashed: Iterable[str] | None = ()) -> list[str]:

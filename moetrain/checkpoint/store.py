@@ -3,8 +3,8 @@
     <run>/checkpoints/step_00000100/   model/  optim/  trainer.json  manifest.json
 
 A directory with such a name is complete. Whatever is not published has a name that starts with a dot, and `clean`
-removes it at the next start. All ranks call `save`, `load`, and `load_weights` together and see the same directory
-(a shared file system); the others are for rank 0 or for tools.
+removes it at the next start. All ranks call `save`, `load`, `load_weights`, and `newest_intact` together and see the
+same directory (a shared file system); the others are for rank 0 or for tools.
 """
 
 from __future__ import annotations
@@ -14,30 +14,40 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import gather, on_rank0, rank_and_world
 from moetrain.checkpoint.lazy import LazyTensor, write_lazy
-from moetrain.checkpoint.tensors import mismatches, model_tensors, optimizer_tensors, read_tensors, write_tensors
+from moetrain.checkpoint.retention import Retention
+from moetrain.checkpoint.snapshot import Snapshot
+from moetrain.checkpoint.tensors import model_tensors, optimizer_tensors, read_tensors, write_tensors
+from moetrain.checkpoint.verify import (
+    Note,
+    compare_together,
+    problems_together,
+    raise_format_error,
+    refuse,
+    silent,
+    tell,
+)
 
 FOLDER = "checkpoints"
 _HIDDEN = re.compile(r"\.(step_\d{8,})\.(tmp|old)-[0-9a-f]+")
 
 
 class CheckpointStore:
-    """Saves, finds, and retires the checkpoints of `run_dir`. keep: newest ones kept after a save, 0 for all."""
+    """Saves, finds, and retires the checkpoints of `run_dir`. keep, keep_every, keep_best: see `Retention`."""
 
-    def __init__(self, run_dir: str | os.PathLike, keep: int = 0) -> None:
-        if keep < 0:
-            raise ValueError(f"checkpoint.keep is {keep}; the nearest legal value is 0 (keep all)")
+    def __init__(self, run_dir: str | os.PathLike, keep: int = 0, keep_every: int = 0, keep_best: int = 0) -> None:
         self.root = Path(run_dir) / FOLDER
-        self.keep = keep
+        self.retention = Retention(keep, keep_every, keep_best)
 
     def save(
         self,
@@ -61,6 +71,23 @@ class CheckpointStore:
 
         return self._save(step, trainer_state, layout, config or {}, write)
 
+    def save_snapshot(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        trainer_state: dict[str, Any],
+        layout: dict[str, Any],
+        config: dict[str, Any],
+        group: ProcessGroup | None,
+    ) -> Path:
+        """Publish what `snapshot` holds (model and optim), from a thread, as `save` does. group: as in `gather`."""
+
+        def write(stage: Path) -> dict[str, dict]:
+            known = {part: snapshot.write(stage / part, part, group) for part in snapshot.live}
+            return {f"{part}/{name}": entry for part, of_part in known.items() for name, entry in of_part.items()}
+
+        return self._save(step, trainer_state, layout, config, write, group)
+
     def save_weights(self, step: int, tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Path:
         """Publish a checkpoint of weights alone, made one at a time and shared out among the ranks; else as `save`.
 
@@ -73,43 +100,86 @@ class CheckpointStore:
 
         return self._save(step, {"step": step}, {}, config, write)
 
-    def _save(self, step: int, trainer_state: dict, layout: dict, config: dict, write: Callable[[Path], None]) -> Path:
-        stage = on_rank0(lambda: self._stage(step, trainer_state))
+    def _save(
+        self,
+        step: int,
+        trainer_state: dict,
+        layout: dict,
+        config: dict,
+        write: Callable[[Path], dict[str, dict] | None],
+        group: ProcessGroup | None = None,
+    ) -> Path:
+        stage = on_rank0(lambda: self._stage(step, trainer_state), group)
         try:
-            write(stage)
-            digests = gather(lambda: _own_digests(stage))
+            known = write(stage) or {}
+            digests = gather(lambda: _own_digests(stage, known), group)
             files = {name: entry for of_rank in digests for name, entry in of_rank.items()}
-            return on_rank0(lambda: self._publish(stage, step, layout, config, files))
+            return on_rank0(lambda: self._publish(stage, step, layout, config, files), group)
         except BaseException:
             if rank_and_world()[0] == 0:
                 shutil.rmtree(stage, ignore_errors=True)
             raise
 
-    def load(self, path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def load(
+        self,
+        path: str | os.PathLike,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        allow: Sequence[str] = (),
+        checked: bool = False,
+        note: Note = silent,
+    ) -> dict[str, Any]:
         """Restore model and optimizer in place from a step directory of any layout; return its trainer_state.
 
-        Everything is checked before anything is changed. Raises ValueError that names each damaged file (and the
-        newest intact step beside it), each missing or unexpected key, and each shape or dtype that differs.
+        Everything is checked before anything is changed. allow: patterns (`*.bias_E`) of names that may be missing in
+        the checkpoint, where the value here stays, or unexpected in it, where it is not read; note is told which.
+        checked: `newest_intact` found the path, so its files need not be hashed again. Raises ValueError that names
+        each damaged file (and the newest intact step beside it), each other missing or unexpected key, and each shape
+        or dtype that differs.
         """
         path = Path(path)
-        _verify_together(path, ("",))
+        if not checked:
+            refuse(path, problems_together(path))
         state = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
-        _refuse(path, _mismatches_anywhere(path, state, same_dtype=True))
+        lines, excepted = compare_together(path, state, same_dtype=True, allow=allow)
+        refuse(path, lines)
+        tell(excepted, note)
         for part, tensors in state.items():
-            read_tensors(path / part, tensors)
-        return json.loads((path / "trainer.json").read_text())
+            read_tensors(path / part, tensors, allow=allow)
+        return manifest.trainer_state(path)
+
+    def newest_intact(self) -> tuple[Path | None, dict[str, list[str]]]:
+        """The newest step whose every byte is as it was written, and what is wrong with each newer one, by name.
+
+        None without any step. Raises ValueError if there are steps and all are damaged, because a fresh start would
+        hide that, and FormatError if the newest that can be read is of a format that this moetrain does not know.
+        """
+        skipped: dict[str, list[str]] = {}
+        for path in reversed(on_rank0(self.steps)):
+            lines = problems_together(path)
+            if not lines:
+                return path, skipped
+            skipped[path.name] = lines
+        if skipped:
+            damaged = "\n".join(f"- {line}" for lines in skipped.values() for line in lines)
+            raise ValueError(f"{self.root} has no intact step; run.resume=never starts at step 0:\n{damaged}")
+        return None, {}
 
     def steps(self) -> list[Path]:
         """Published step directories, oldest first; their content is not looked at."""
-        if not self.root.is_dir():
-            return []
-        found = [path for path in self.root.iterdir() if manifest.STEP_NAME.fullmatch(path.name)]
-        return sorted(found, key=_step_of)
+        return manifest.published(self.root)
 
     def latest(self, deep: bool = False) -> Path | None:
-        """The newest intact step directory, None if there is none. deep: compare every SHA-256, not only the sizes."""
+        """The newest intact step directory, None if there is none. deep: compare every SHA-256, not only the sizes.
+
+        Raises FormatError if that could be one of a format that this moetrain does not know.
+        """
         hashed = None if deep else ()
-        return next((path for path in reversed(self.steps()) if not manifest.problems(path, hashed)), None)
+        for path in reversed(self.steps()):
+            if not manifest.problems(path, hashed):
+                return path
+            raise_format_error(path)
+        return None
 
     def clean(self) -> list[str]:
         """Remove what a killed save left behind; return the names. Only for the holder of the run's lock, on rank 0."""
@@ -133,7 +203,7 @@ class CheckpointStore:
         """
         moved = []
         for path in self.steps():
-            if _step_of(path) > step:
+            if manifest.step_of(path) > step:
                 aside = path.with_name(f"{path.name}.superseded-{secrets.token_hex(4)}")
                 os.rename(path, aside)
                 moved.append(aside.name)
@@ -172,99 +242,27 @@ class CheckpointStore:
         return final
 
     def _retire(self) -> None:
-        if not self.keep:
-            return
-        intact = [path for path in self.steps() if not manifest.problems(path)]
-        for path in intact[: -self.keep]:
-            gone = self._hidden(path.name, "tmp")
-            os.rename(path, gone)  # first, so that a half-deleted directory never has a published name
-            shutil.rmtree(gone, ignore_errors=True)
+        for path in self.retention.expendable(self.steps()):
+            self.remove(path)
+
+    def remove(self, path: Path) -> None:
+        """Delete a step directory. A kill leaves it whole or hidden, never half of it under a published name."""
+        gone = self._hidden(path.name, "tmp")
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
-def load_weights(path: str | os.PathLike, model: nn.Module) -> None:
-    """Overwrite the model's weights from a step directory, casting to its dtypes; ValueError as in `load`."""
-    path = Path(path)
-    _verify_together(path, ("model/",))
-    tensors = model_tensors(model)
-    _refuse(path, _mismatches_anywhere(path, {"model": tensors}, same_dtype=False))
-    read_tensors(path / "model", tensors)
+def _own_digests(stage: Path, known: dict[str, dict]) -> dict[str, dict]:
+    """Digests of the files that this rank wrote: its shards, and on rank 0 the indices and trainer.json.
 
-
-def read_trainer_state(path: str | os.PathLike) -> dict[str, Any]:
-    """`trainer_state` of an intact step directory, without its tensors. Raises ValueError if it is damaged."""
-    path = Path(path)
-    _refuse(path, manifest.problems(path, ("trainer.json",)))
-    return json.loads((path / "trainer.json").read_text())
-
-
-def resolve(checkpoint: str | os.PathLike) -> Path:
-    """The step directory that a user means: one itself, or a run directory for its newest intact step.
-
-    Sizes are checked, hashes are not. Raises ValueError that names what is wrong and what could be used instead.
+    known: those worked out already.
     """
-    path = Path(checkpoint)
-    if (path / FOLDER).is_dir():
-        store = CheckpointStore(path)
-        latest = store.latest()
-        if latest is None:
-            damaged = "; ".join(line for step in store.steps() for line in manifest.problems(step))
-            raise ValueError(f"{path} has no intact checkpoint{': ' + damaged if damaged else ''}")
-        return latest
-    if not path.is_dir():
-        near = path.parent.is_dir() and sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
-        raise ValueError(f"{path} is not a directory" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
-    if not (path / manifest.NAME).exists() and not manifest.STEP_NAME.fullmatch(path.name):
-        raise ValueError(f"{path} is neither a step directory (no {manifest.NAME}) nor a run directory (no {FOLDER}/)")
-    _refuse(path, manifest.problems(path))
-    return path
-
-
-def _verify_together(path: Path, prefixes: tuple[str, ...]) -> None:
-    """Compare sizes of all files and hashes of those under `prefixes`, the hashing shared out among the ranks."""
-    rank, world = rank_and_world()
-
-    def check() -> list[str]:
-        try:
-            names = sorted(name for name in manifest.read(path)["files"] if name.startswith(prefixes))
-        except ValueError as error:
-            return [str(error)]
-        return manifest.problems(path, names[rank::world])
-
-    lines = [line for of_rank in gather(check) for line in of_rank]
-    _refuse(path, list(dict.fromkeys(lines)))
-
-
-def _mismatches_anywhere(path: Path, state: dict[str, dict[str, Tensor]], same_dtype: bool) -> list[str]:
-    """What any rank finds wrong: each looks at what it holds, and what no rank holds is unexpected."""
-    held = gather(lambda: {part: list(tensors) for part, tensors in state.items()})
-    everywhere = {part: {name for of_rank in held for name in of_rank[part]} for part in state}
-    found = gather(
-        lambda: [
-            line
-            for part, tensors in state.items()
-            for line in mismatches(path / part, tensors, same_dtype, everywhere[part])
-        ]
-    )
-    return list(dict.fromkeys(line for of_rank in found for line in of_rank))
-
-
-def _refuse(path: Path, lines: list[str]) -> None:
-    if not lines:
-        return
-    # Not this one again: a flipped bit passes the size check that `latest` makes.
-    others = [p for p in CheckpointStore(path.parent.parent).steps() if p.absolute() != path.absolute()]
-    intact = next((p for p in reversed(others) if not manifest.problems(p)), None)
-    offer = f"\nnewest other intact step: {intact}" if intact else ""
-    raise ValueError(f"{path} cannot be used:\n" + "\n".join(f"- {line}" for line in lines) + offer)
-
-
-def _own_digests(stage: Path) -> dict[str, dict]:
-    """Digests of the files that this rank wrote: its shards, and on rank 0 the indices and trainer.json."""
     rank, _ = rank_and_world()
     paths = [path for part in ("model", "optim") for path in (stage / part).glob(f"__{rank}_*")]
     if rank == 0:
         paths += [stage / "model" / ".metadata", stage / "optim" / ".metadata", stage / "trainer.json"]
-    return {path.relative_to(stage).as_posix(): manifest.digest(path) for path in paths}
+    names = {path.relative_to(stage).as_posix(): path for path in paths}
+    return {name: known.get(name) or manifest.digest(path) for name, path in names.items()}
 
 
 def _is_json(value: Any) -> bool:
@@ -273,10 +271,6 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
 
 
 def _fsync_folder(path: Path) -> None:

@@ -7,18 +7,24 @@ only DCP's own record types, and we store nothing but tensors, which torch loads
 
 from __future__ import annotations
 
+import os
 import pickle
+import stat
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 _METADATA = ".metadata"
 _ALLOWED = {
@@ -80,25 +86,37 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_planned(
-    directory: Path, tensors: dict[str, Tensor], planner: dcp.SavePlanner, file_each: bool = False
+    directory: Path,
+    tensors: dict[str, Tensor],
+    planner: dcp.SavePlanner,
+    file_each: bool = False,
+    group: dist.ProcessGroup | None = None,
+    elsewhere: Callable[[dcp.SavePlan], list[WriteResult]] | None = None,
 ) -> None:
     """`write_tensors` with a planner of the caller's, which may find a tensor's values elsewhere.
 
-    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete.
+    file_each: a file for each tensor. DCP holds the tensors of a file until the file is complete. group: see `gather`.
+    elsewhere: writes this rank's share instead of DCP.
     """
     writer = _Writer(directory, single_file_per_rank=not file_each)
+    writer.elsewhere = elsewhere
     try:
         with _quiet():
-            dcp.save(tensors, storage_writer=writer, planner=planner)
-    except CheckpointException as error:  # a BaseException, whose message is one line per failing rank
-        raise RuntimeError(f"{directory} was not written: {error}") from error
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:  # a BaseException, whose message is every failing rank's traceback
+        causes = "; ".join(f"rank {rank}: {_cause(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
+        raise RuntimeError(f"{directory} was not written: {causes}") from error
 
 
-def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = False, allow: Collection[str] = ()) -> None:
     """Overwrite `tensors` in place from one folder. See `mismatches` first.
 
-    Every rank calls it with what it holds, unless `alone`: then this one reads whatever the others do.
+    Every rank calls it with what it holds, unless `alone`: then this one reads whatever the others do. allow: patterns
+    of names that keep their values if the folder has none for them.
     """
+    if allow:
+        stored = read_metadata(directory).state_dict_metadata
+        tensors = {name: t for name, t in tensors.items() if name in stored or not matches(name, allow)}
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet():
@@ -108,45 +126,84 @@ def read_tensors(directory: Path, tensors: dict[str, Tensor], alone: bool = Fals
 
 
 def mismatches(
-    directory: Path, tensors: dict[str, Tensor], same_dtype: bool, elsewhere: Collection[str] = ()
-) -> list[str]:
+    directory: Path,
+    tensors: dict[str, Tensor],
+    same_dtype: bool,
+    elsewhere: Collection[str] = (),
+    allow: Collection[str] = (),
+) -> tuple[list[str], list[str]]:
     """A line for each name that one side lacks and for each global shape (and dtype, if asked) that differs.
 
-    elsewhere: names that other ranks hold (pipeline stages), which are no surprise here.
+    elsewhere: names that other ranks hold (pipeline stages), which are no surprise here. allow: patterns of names that
+    one side may lack. Returns the lines, and the names that `allow` excepted.
     """
     stored: dict[str, Any] = read_metadata(directory).state_dict_metadata
-    lines = [f"missing in the checkpoint: {name}" for name in sorted(tensors.keys() - stored.keys())]
-    lines += [
-        f"unexpected in the checkpoint: {name}" for name in sorted(stored.keys() - tensors.keys() - set(elsewhere))
-    ]
+    missing = sorted(tensors.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - tensors.keys() - set(elsewhere))
+    lines = [f"missing in the checkpoint: {name}" for name in missing if not matches(name, allow)]
+    lines += [f"unexpected in the checkpoint: {name}" for name in unexpected if not matches(name, allow)]
     for name in sorted(tensors.keys() & stored.keys()):
         there, here = stored[name], tensors[name]
         if there.size != here.shape:
             lines.append(f"{name} has shape {tuple(there.size)} in the checkpoint and {tuple(here.shape)} here")
         elif same_dtype and there.properties.dtype != here.dtype:
             lines.append(f"{name} is {there.properties.dtype} in the checkpoint and {here.dtype} here")
-    return lines
+    return lines, [name for name in missing + unexpected if matches(name, allow)]
+
+
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether one of the shell-style patterns is this name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_metadata(directory: Path) -> Metadata:
     """DCP's index of a folder. Raises ValueError for anything in it but records of tensors in files of this folder."""
     path = directory / _METADATA
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise ValueError("not a regular file")
         with open(path, "rb") as file:
             metadata = _Unpickler(file).load()
+        _check_index(directory, metadata)
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    return metadata
+
+
+def _check_index(directory: Path, metadata: Any) -> None:
+    """Each entry is a tensor, and lies within a regular file of this folder."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{path} is refused: not a checkpoint's index")
+        raise ValueError("not a checkpoint's index")
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{path} is refused: {name!r} is not a tensor")
+            raise ValueError(f"{name!r} is not a tensor")
+    sizes: dict[str, int] = {}
     for index, info in metadata.storage_data.items():
-        if info.relative_path in ("", ".", "..") or Path(info.relative_path).name != info.relative_path:
-            raise ValueError(f"{path} is refused: {index.fqn!r} is stored outside, in {info.relative_path!r}")
-    return metadata
+        name = info.relative_path
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{index.fqn!r} is stored outside, in {name!r}")
+        if name not in sizes:
+            status = os.lstat(directory / name)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{index.fqn!r} is stored in {name!r}, which is not a regular file")
+            sizes[name] = status.st_size
+        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
+            raise ValueError(f"{index.fqn!r} is stored past the {sizes[name]} bytes of {name!r}")
+        if info.transform_descriptors:
+            raise ValueError(f"{index.fqn!r} is stored transformed, by {info.transform_descriptors}")
+
+
+def _cause(error: BaseException) -> str:
+    """The error that began it: torch's zip writer hides a full disk behind an error of its own."""
+    chain = [error]
+    while (
+        cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__)
+    ) is not None:
+        chain.append(cause)
+    told = next((e for e in reversed(chain) if isinstance(e, OSError)), chain[0])
+    return f"{type(told).__name__}: {told}"
 
 
 class _Unpickler(pickle.Unpickler):
@@ -166,6 +223,15 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Writer(dcp.FileSystemWriter):
+    elsewhere: Callable[[dcp.SavePlan], list[WriteResult]] | None = None
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        if self.elsewhere is None:
+            return super().write_data(plan, planner)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self.elsewhere(plan))
+        return done
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # the default would store the path of a folder that is about to be renamed
 

@@ -18,6 +18,13 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
+def sum_over(groups: list[dist.ProcessGroup], x: Tensor) -> Tensor:
+    """`all_reduce_sum` over each of `groups` in turn."""
+    for group in groups:
+        x = all_reduce_sum(x, group)
+    return x
+
+
 @dataclass
 class Moving:
     """Rows on their way to this rank, or already here. Whoever started them waits for them, once."""

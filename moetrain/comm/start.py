@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,9 @@ def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     device = _device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL remembers, for a hang's report
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, **_own_store(timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
@@ -31,6 +33,21 @@ def stop_distributed() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _own_store(timeout: timedelta) -> dict[str, Any]:
+    """A store of this attempt's own, after a restart by a single torchrun that lends its agent's store.
+
+    Otherwise ranks would find the addresses that the failed attempt left there (pytorch#135712). Agents of several
+    nodes may count their restarts differently; launch/torchrun.sh keeps them from lending.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if not lent or attempt == "0":
+        return {}
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world}
 
 
 def _device() -> torch.device:

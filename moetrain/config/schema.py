@@ -15,7 +15,11 @@ from moetrain.config.model import ModelConfig
 
 @dataclass
 class RunConfig:
-    """resume: auto (the newest complete checkpoint of this run, if any) | never | a checkpoint's path."""
+    """resume: auto (the newest complete checkpoint of this run, if any) | never | a checkpoint's path.
+
+    hang_timeout_s: seconds without a finished step, evaluation, or checkpoint after which the run reports where every
+    rank is and ends; 0 for no limit.
+    """
 
     name: str = "run"
     dir: str = "runs/run"
@@ -23,6 +27,7 @@ class RunConfig:
     resume: str = "auto"
     deterministic: bool = False
     log_samples: bool = False
+    hang_timeout_s: float = 1200.0
 
 
 @dataclass
@@ -34,6 +39,9 @@ class TrainConfig:
     precision: fp64 | fp32 (both for proofs) | bf16 (compute in bf16, master weights and reductions in fp32).
     eval_every: steps between validations, 0 for none; eval_batches: global batches in one validation.
     max_grad_norm: 0 turns clipping off. log_every: steps between console lines (metrics.jsonl has each step).
+    on_bad_step: what a NaN or exploded loss leads to: stop | skip (no update, go on) | rollback (to the newest
+    checkpoint, then on with the data behind the bad batch). max_bad_steps: in the whole run; one more stops it.
+    max_loss: nats/token; a cross-entropy above it has exploded. Null: three times ln(vocabulary); 0: never.
     """
 
     steps: int = 100
@@ -45,6 +53,9 @@ class TrainConfig:
     eval_batches: int = 4
     max_grad_norm: float = 1.0
     log_every: int = 10
+    on_bad_step: str = "stop"
+    max_bad_steps: int = 10
+    max_loss: float | None = None
 
 
 @dataclass
@@ -81,10 +92,23 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between checkpoints, 0 for only the final one; keep: newest checkpoints kept, 0 for all."""
+    """every: steps between checkpoints, 0 for only the final one.
+
+    keep: newest checkpoints kept, 0 for all. keep_every: those whose step divides by this stay as well, 0 for none.
+    keep_best: so do this many with the lowest val_loss, 0 for none.
+
+    asynchronous: copy the state to host memory and write it beside the training. when_busy: what a save does when the
+    one before it is still being written: wait | skip. grace_s: seconds from SIGTERM or SIGUSR1 to the end of the run,
+    last checkpoint included; a run that takes longer reports where it is and exits with 1.
+    """
 
     every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    asynchronous: bool = False
+    when_busy: str = "wait"
+    grace_s: float = 240.0
 
 
 @dataclass
@@ -95,7 +119,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    init: dict[str, str] = field(default_factory=dict)  # from: a checkpoint whose weights alone start the run
+    # from: a checkpoint whose weights alone start the run. allow: patterns of names that a checkpoint may lack or have
+    # in excess, here and on a resume.
+    init: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     dispatch: dict[str, Any] = field(default_factory=dict)

@@ -22,6 +22,8 @@ CHOICES = {
     "parallel.recompute": ("none", "full", "selective"),
     "parallel.schedule": ("1f1b", "interleaved", "zbv", "dualpipev"),
     "data.documents": ("stop", "cross"),
+    "checkpoint.when_busy": ("wait", "skip"),
+    "train.on_bad_step": ("stop", "skip", "rollback"),
 }
 AT_LEAST = {
     "train.steps": 1,
@@ -34,6 +36,11 @@ AT_LEAST = {
     "train.log_every": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.grace_s": 1,
+    "run.hang_timeout_s": 0,
+    "train.max_bad_steps": 0,
+    "checkpoint.keep_every": 0,
+    "checkpoint.keep_best": 0,
     "model.moe.n_experts": 0,
 }
 
@@ -62,8 +69,10 @@ def validate(config: Config, world: int) -> Layout:
             if getattr(layout, key) > 1:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_init(config)
+    _check_retention(config)
     _check_tape(config)
     check_router(config)
+    _check_bad_steps(config)
     return layout
 
 
@@ -147,9 +156,35 @@ def _check_multiple(key: str, value: int, of: int, what: str) -> None:
 
 
 def _check_init(config: Config) -> None:
-    unknown = set(config.init) - {"from"}
+    unknown = sorted(set(config.init) - {"from", "allow"})
     if unknown:
-        raise ValueError(f"init.{sorted(unknown)[0]}: no such key; did you mean 'init.from'?")
+        close = difflib.get_close_matches(unknown[0], ("from", "allow"), n=1, cutoff=0.0)
+        raise ValueError(f"init.{unknown[0]}: no such key; did you mean 'init.{close[0]}'?")
+    allow = config.init.get("allow", [])
+    if not isinstance(allow, list) or not all(isinstance(name, str) and name for name in allow):
+        nearest = [allow] if isinstance(allow, str) and allow else []
+        raise _refuse("init.allow", repr(allow), "is not a list of names or patterns", nearest)
+
+
+def _check_retention(config: Config) -> None:
+    """An option that could never keep anything is a mistake."""
+    kept, evaluated = config.checkpoint, config.train.eval_every
+    if kept.keep_every and kept.every and kept.keep_every % kept.every:
+        nearest = max(1, round(kept.keep_every / kept.every)) * kept.every
+        reason = f"is not a multiple of checkpoint.every={kept.every}"
+        raise _refuse("checkpoint.keep_every", kept.keep_every, reason, nearest)
+    if kept.keep_best and not evaluated:
+        raise _refuse("checkpoint.keep_best", kept.keep_best, "needs a val_loss, but train.eval_every=0", 0)
+    if kept.keep_best and kept.every % evaluated:
+        reason = f"needs a val_loss of each checkpoint, but checkpoint.every={kept.every} is not a multiple of it"
+        raise _refuse("train.eval_every", evaluated, reason, nearest_divisor(evaluated, kept.every))
+
+
+def _check_bad_steps(config: Config) -> None:
+    if config.train.on_bad_step == "rollback" and not config.checkpoint.every:
+        raise _refuse("checkpoint.every", 0, "leaves train.on_bad_step=rollback nothing to go back to", 1)
+    if config.train.max_loss is not None and config.train.max_loss < 0:
+        raise _refuse("train.max_loss", config.train.max_loss, "is below 0", 0)
 
 
 def _check_tape(config: Config) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.config.data import DataConfig, check_data
+from moetrain.config.schema import Config
 from moetrain.data.batch import PADDING, Batch, Row, make_batch
 from moetrain.data.mixture import Mixture
 from moetrain.data.sources import HeldOut, SourceOpener
@@ -197,6 +198,20 @@ class Loader:
         if self._ahead is not None and not self._ahead.cancel():
             self._ahead.exception()
         self._ahead = None
+
+
+def build_loader(config: Config, dp_rank: int, dp_size: int) -> Loader:
+    """The loader of a run, for one of its data-parallel ranks."""
+    return Loader(
+        config.data,
+        seq_len=config.train.seq_len,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch or config.train.global_batch // dp_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=config.run.seed,
+        vocab_size=config.model.vocab_size,
+    )
 
 
 def _cache_dir(config: DataConfig, cache_dir: str | Path | None) -> Path:

@@ -64,7 +64,7 @@ class MoELayer(nn.Module):
         if kept is not None and kept.expert_TK is not None:
             context = replace(context, chosen_TK=kept.expert_TK)
         elif tape is not None:
-            context = replace(context, chosen_TK=tape.recall(context))
+            context = tape.recall(context)
         routing = self.router(x_TD, context, self._selection_bias(), carry)
         if tape is not None:
             tape.note(routing)

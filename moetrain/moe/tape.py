@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
-
 from moetrain.moe.types import Routing, TokenContext
 
 
 class LayerTape(Protocol):
     """One layer's recorder or player; it sees each training micro-batch once, never a recomputation."""
 
-    def recall(self, context: TokenContext) -> Tensor | None:
-        """The experts [T, K] that the router must take, -1 for padding; None leaves it free."""
+    def recall(self, context: TokenContext) -> TokenContext:
+        """The context with what router and balance losses must take, -1 for padding; unchanged leaves them free."""
 
     def note(self, routing: Routing) -> None:
         """What the router returned."""

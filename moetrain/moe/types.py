@@ -37,6 +37,7 @@ class TokenContext:
     document_BS: int32, equal inside a document of a row; -1 is padding. None of it carries gradient.
     index_BS: int64, row * S + offset of each token in the global batch; None where nobody numbered them.
     chosen_TK: experts a router must take instead of its own choice (`router.common.choose`); None leaves it free.
+    counted_TK: what a balance loss must take as the top-k of the balance scores, likewise.
     """
 
     token_BS: Tensor
@@ -46,6 +47,7 @@ class TokenContext:
     step: int = 0
     index_BS: Tensor | None = None
     chosen_TK: Tensor | None = None
+    counted_TK: Tensor | None = None
 
     @property
     def rows(self) -> int:

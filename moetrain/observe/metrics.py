@@ -5,39 +5,63 @@ docs/metrics.md lists the keys. Only rank 0 writes; the other ranks hold a `Null
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class JsonLines:
     """An append-only file of JSON objects whose rows carry `step`.
 
     Each append reaches the operating system before it returns, so a killed process loses at most the line it was
-    writing; that half line is cut off when the file is opened again.
+    writing; that half line is cut off when the file is opened again. On a full disk rows wait in memory for room, in
+    order and whole: a run need not end for want of a line.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         _mend_tail(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def append_row(self, row: Mapping[str, Any]) -> None:
-        self._file.write(_encode(row))
-        self._file.flush()
+        first = not self._waiting
+        self._waiting += _encode(row).encode()
+        error = self._write_waiting()
+        if error and first:
+            print(f"{self.path} cannot grow ({error}); its rows wait in memory", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Empty the file: the run starts at step 0, whatever an earlier attempt left here."""
         self._rewrite([])
 
     def close(self) -> None:
+        if not self._file.closed and (error := self._write_waiting()):
+            print(f"{self.path} lacks its last rows: {error}", file=sys.stderr, flush=True)
         self._file.close()
+
+    def _write_waiting(self) -> OSError | None:
+        """Append all that waits, or nothing of it where there is no room."""
+        size, done = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while done < len(self._waiting):
+                done += os.write(self._file.fileno(), self._waiting[done:])
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            os.ftruncate(self._file.fileno(), size)
+            return error
+        self._waiting = b""
+        return None
 
     def _keep(self, wanted: Callable[[Row], bool], then: Iterable[Row] = ()) -> None:
         self._rewrite([row for row in read_rows(self.path) if wanted(row)] + list(then))
@@ -51,7 +75,7 @@ class JsonLines:
             os.fsync(file.fileno())
         self._file.close()
         os.replace(temporary, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
 
 class MetricsLog(JsonLines):
@@ -69,9 +93,17 @@ class MetricsLog(JsonLines):
         assert isinstance(row.get("step"), int), f"a metrics row needs an integer step, got {row.get('step')!r}"
         self.append_row(row)
 
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Write something that happened after `step` updates."""
+        self.append_row({"event": name, "step": step, **details})
+
     def resume(self, step: int) -> None:
         """Drop what lies past the restored step, older resume events too, and record the resume."""
         self._keep(lambda row: row["step"] <= step, then=[{"event": "resume", "step": step}])
+
+    def roll_back(self, step: int, why: Mapping[str, Any]) -> None:
+        """Drop what lies past `step`, which the run went back to, and record it with what `why` says."""
+        self._keep(lambda row: row["step"] <= step, then=[{"event": "rollback", "step": step, **why}])
 
 
 class SampleLog(JsonLines):
@@ -87,6 +119,10 @@ class SampleLog(JsonLines):
         """Drop what lies past the restored step. No event is written, so every line keeps the one shape."""
         self._keep(lambda row: row["step"] <= step)
 
+    def roll_back(self, step: int, why: Mapping[str, Any]) -> None:
+        """As `resume`: the lines are those whose samples the weights have seen."""
+        self.resume(step)
+
 
 class NullLog:
     """Stands in for either log on ranks that do not write."""
@@ -94,6 +130,8 @@ class NullLog:
     def append(self, *args: Any, **kwargs: Any) -> None: ...
 
     def resume(self, step: int) -> None: ...
+
+    def roll_back(self, step: int, why: Mapping[str, Any]) -> None: ...
 
     def clear(self) -> None: ...
 

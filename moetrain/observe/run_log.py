@@ -68,8 +68,22 @@ class RunLog:
         for rank, rank_ids in sorted(dict(gathered or []).items()):  # ranks of one dp rank read the same
             self.sample_log.append(step, rank, rank_ids)
 
+    def roll_back(self, step: int, why: dict[str, Any]) -> None:
+        """The run went back to `step`."""
+        for log in (self.metrics, self.sample_log):
+            log.roll_back(step, why)
+
     def note(self, text: str) -> None:
         self.console.note(text)
+
+    def began(self, notes: list[str], skipped: dict[str, list[str]]) -> None:
+        """After `start`: say `notes`; say and record the damaged checkpoints that a resume passed over."""
+        for text in notes:
+            self.note(text)
+        for name, problems in skipped.items():
+            self.note(f"{name} is damaged and not used: " + "; ".join(problems))
+            if isinstance(self.metrics, MetricsLog):
+                self.metrics.event("skipped_checkpoint", self.last["step"], checkpoint=name, problems=problems)
 
     def finish(self) -> None:
         """The closing summary: where the run is, how to resume it, how to look at it."""

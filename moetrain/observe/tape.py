@@ -1,16 +1,20 @@
 """Routing on disk: record every choice of a run, or make a run take the choices of another.
 
-    DIR/step_00000001/rank_00000.safetensors    "<layer>.index" int64 [N], "<layer>.experts" int16 [N, K]
+    DIR/step_00000001/rank_00000.safetensors
+        "<layer>.index" int64 [N], "<layer>.experts" int16 [N, K], "<layer>.counted" int16 [N, K]
 
-index is row * S + offset of a token in the step's global batch, so a record says nothing of the layout that wrote it,
-and any layout replays it. A routing choice is discrete: two correct runs in fp32 or bf16 differ by rounding, flip a
-choice, and drift apart. With one run's routing replayed in the other, what remains is rounding.
+experts are the router's choices; counted are the top-k of the balance scores, which a Switch loss counts: with a bias
+or a group limit another choice, that rounding may flip by itself. index is row * S + offset of a token in the step's
+global batch, so a record says nothing of the layout that wrote it, and any layout replays it. A routing choice is
+discrete: two correct runs in fp32 or bf16 differ by rounding, flip a choice, and drift apart. With one run's routing
+replayed in the other, what remains is rounding.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +26,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.router.common import top_k
 from moetrain.moe.types import Routing, TokenContext
 
+KINDS = ("experts", "counted")
 UNKNOWN = -2  # in a player's table: not in the record; -1 is padding
 
 
@@ -31,9 +36,10 @@ class LayerRecorder:
     def __init__(self) -> None:
         self.index: list[Tensor] = []
         self.experts: list[Tensor] = []
+        self.counted: list[Tensor] = []
 
-    def recall(self, context: TokenContext) -> Tensor | None:
-        return None
+    def recall(self, context: TokenContext) -> TokenContext:
+        return context
 
     def note(self, routing: Routing) -> None:
         index_BS = routing.context.index_BS
@@ -41,12 +47,16 @@ class LayerRecorder:
         assert index_BS.numel() == routing.expert_TK.shape[0], "index_BS was not cut like the tokens"
         self.index.append(index_BS.flatten())
         self.experts.append(routing.expert_TK.to(torch.int16))
+        counted_TK = routing.context.counted_TK
+        if counted_TK is None:
+            counted_TK = top_k(routing.balance_TE, routing.top_k)
+        self.counted.append(torch.where(routing.context.valid_T[:, None], counted_TK, -1).to(torch.int16))
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Everything since the last call: index [N] and experts [N, K], on the CPU."""
-        taken = torch.cat(self.index).cpu(), torch.cat(self.experts).cpu()
-        self.index, self.experts = [], []
-        return taken
+    def take(self) -> dict[str, Tensor]:
+        """Everything since the last call, on the CPU: index [N], experts and counted [N, K]."""
+        taken = {"index": self.index, "experts": self.experts, "counted": self.counted}
+        self.index, self.experts, self.counted = [], [], []
+        return {kind: torch.cat(parts).cpu() for kind, parts in taken.items()}
 
 
 class LayerPlayer:
@@ -57,16 +67,17 @@ class LayerPlayer:
 
     def __init__(self, recorder: LayerRecorder | None) -> None:
         self.recorder = recorder
-        self.expert_NK = torch.empty(0, 0, dtype=torch.int16)
+        self.expert_NK = self.counted_NK = torch.empty(0, 0, dtype=torch.int16)
         self.flips = torch.zeros((), dtype=torch.int64)
 
-    def load(self, expert_NK: Tensor) -> None:
-        self.expert_NK = expert_NK
+    def load(self, expert_NK: Tensor, counted_NK: Tensor) -> None:
+        self.expert_NK, self.counted_NK = expert_NK, counted_NK
         self.flips = torch.zeros((), dtype=torch.int64, device=expert_NK.device)
 
-    def recall(self, context: TokenContext) -> Tensor | None:
+    def recall(self, context: TokenContext) -> TokenContext:
         assert context.index_BS is not None
-        return self.expert_NK[context.index_BS.flatten()].long()
+        index_T = context.index_BS.flatten()
+        return replace(context, chosen_TK=self.expert_NK[index_T].long(), counted_TK=self.counted_NK[index_T].long())
 
     def note(self, routing: Routing) -> None:
         live_TK = top_k(routing.selection_TE, routing.expert_TK.shape[1])
@@ -107,16 +118,16 @@ class RoutingTape:
         """
         if self.replay is None:
             return
-        tables = _read(self.replay / _step(step), list(self.players), tokens)
+        experts, counted = (_read(self.replay / _step(step), list(self.players), tokens, kind) for kind in KINDS)
         for number, player in self.players.items():
-            player.load(tables[number].to(self.device))
+            player.load(experts[number].to(self.device), counted[number].to(self.device))
 
     def finish(self, step: int) -> Tensor:
         """After the passes of `step`: write what was recorded; returns the flipped choices of this rank, int64 0-d."""
         if self.record is not None:
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for number, recorder in self.recorders.items():
-                tensors[f"{number}.index"], tensors[f"{number}.experts"] = recorder.take()
+                tensors |= {f"{number}.{kind}": taken for kind, taken in recorder.take().items()}
             path = self.record / _step(step) / f"rank_{self.rank:05d}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             hidden = path.with_name(f".{path.name}")
@@ -130,8 +141,8 @@ def _step(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _read(directory: Path, layers: list[int], tokens: int) -> dict[int, Tensor]:
-    """Layer -> experts [tokens, K] of one step, from the files of whatever ranks wrote it."""
+def _read(directory: Path, layers: list[int], tokens: int, kind: str) -> dict[int, Tensor]:
+    """Layer -> experts or counted [tokens, K] of one step, from the files of whatever ranks wrote it."""
     tables: dict[int, Tensor] = {}
     for path in sorted(directory.glob("rank_*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -139,7 +150,7 @@ def _read(directory: Path, layers: list[int], tokens: int) -> dict[int, Tensor]:
             for layer in layers:
                 if f"{layer}.index" not in names:
                     continue
-                index_N, expert_NK = file.get_tensor(f"{layer}.index"), file.get_tensor(f"{layer}.experts")
+                index_N, expert_NK = file.get_tensor(f"{layer}.index"), file.get_tensor(f"{layer}.{kind}")
                 if index_N.numel() and int(index_N.max()) >= tokens:
                     raise ValueError(
                         f"router.replay: {directory} was recorded with a larger batch than {tokens} tokens"

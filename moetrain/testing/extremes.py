@@ -70,22 +70,25 @@ def survive(case: Case, data: list[str], directory: str, steps: int) -> dict[str
 
     Raises AssertionError for a loss that is not finite, or a parameter without gradient or optimizer state.
     """
-    losses = {}
+    losses: dict[str, float] = {}
     for number, (name, more) in enumerate(scenarios(case).items()):
-        config = load_config([*case.overrides(data, Path(directory) / str(number), "fp32"), *more])
+        options = [*case.overrides(data, Path(directory) / str(number), "fp32"), f"train.steps={steps}", *more]
+        config = load_config(options)
         trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"))
         trainer.log.start(0, {})
         checked: list[int] = []
         hook = trainer.optimizer.register_step_pre_hook(lambda *_, t=trainer, c=checked: c.append(_check_gradients(t)))
         for _ in range(steps):
             row, _ = trainer.train_step()
+            assert row is not None, "a bad step"
+            assert row is not None, f"{name}: a bad step"
             assert math.isfinite(row["loss"]), f"{name}: {row}"
+            losses[name] = row["loss"]
         hook.remove()
         assert len(checked) == steps
         assert min(checked) > 0
         _check_state(trainer)
         trainer.close()
-        losses[name] = row["loss"]
     return losses
 
 

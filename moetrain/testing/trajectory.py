@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,27 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
     Collective: call it on every rank (from `run_ranks`), or in a process without ranks. Raises AssertionError for a
     parameter without gradient, or one of which two ranks hold different copies.
     """
+    alone = not dist.is_initialized()
+    trainer = open_trainer(overrides)
+    recorded, weights = record_steps(trainer, steps)
+    trainer.close()
+    if alone:
+        dist.destroy_process_group()
+    return recorded, weights
+
+
+def open_trainer(overrides: list[str]) -> Trainer:
+    """A trainer on the ranks that are running, or in a world of one: checkpoint restored, log open. Collective."""
     config = load_config(overrides)
     alone = not dist.is_initialized()
     layout = validate(config, 1 if alone else dist.get_world_size())
-    device = start_distributed() if alone else _rank_device()
-    trainer = Trainer(config, layout, device)
+    trainer = Trainer(config, layout, start_distributed() if alone else _rank_device())
     trainer.log.start(trainer.step, {})
+    return trainer
+
+
+def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Tensor]]:
+    """Train `steps` more steps; return each, and the weights after the last. Collective; raises as `record`."""
     parameters = dict(trainer.model.named_parameters())
     seen: dict[str, Tensor] = {}
 
@@ -52,18 +68,27 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
         assert not missing, f"{missing} have no gradient"
         seen.update({name: _here(parameter.grad) for name, parameter in parameters.items()})
 
-    trainer.optimizer.register_step_pre_hook(capture)
+    handle = trainer.optimizer.register_step_pre_hook(capture)
     rows, held = [], []
     for _ in range(steps):
-        rows.append(trainer.train_step()[0])
+        row, _ = trainer.train_step()
+        assert row is not None, "a bad step"
+        rows.append(row)
         held.append(dict(seen))
+    handle.remove()
     held.append({name: _here(parameter) for name, parameter in parameters.items()})
-    places = {name: (tuple(parameter.shape), local_part(parameter)[1]) for name, parameter in parameters.items()}
-    *gradients, weights = _assemble(places, held)
-    trainer.close()
-    if alone:
-        dist.destroy_process_group()
+    *gradients, weights = _assemble(_places(parameters), held)
     return [Step(row, gradient) for row, gradient in zip(rows, gradients)], weights
+
+
+def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors by name, from what all ranks hold of them. Collective; AssertionError where two copies differ."""
+    (assembled,) = _assemble(_places(tensors), [{name: _here(tensor) for name, tensor in tensors.items()}])
+    return assembled
+
+
+def _places(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tuple(tensor.shape), local_part(tensor)[1]) for name, tensor in tensors.items()}
 
 
 def _here(tensor: Tensor | None) -> Tensor:

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from moetrain.checkpoint.hf.load import expected, open_hf, prepare_run
 from moetrain.checkpoint.hf.save import beside, stored_config
 from moetrain.checkpoint.lazy import LazyTensor, stored
-from moetrain.checkpoint.store import CheckpointStore, resolve
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.use import resolve
 from moetrain.config.compose import config_dir, load_config
 from moetrain.config.model import MoEConfig
 from moetrain.config.plugins import build_plugin, nearest

@@ -18,7 +18,7 @@ from moetrain.checkpoint.hf.match import written_names
 from moetrain.checkpoint.hf.rules import BIAS, Rule, rules
 from moetrain.checkpoint.hf.translate import choose, write
 from moetrain.checkpoint.lazy import LazyTensor, stored
-from moetrain.checkpoint.store import resolve
+from moetrain.checkpoint.use import resolve
 from moetrain.config.compose import to_config
 from moetrain.config.schema import Config
 

@@ -143,7 +143,8 @@ def _meaningful(config: Config) -> set[str]:
         keys -= {key for key in keys if key.startswith("model.moe.")} - {"model.moe.n_experts"}
     if all(model.is_moe(layer) for layer in range(model.n_layers)):
         keys -= {"model.d_ff"}
-    return keys - {"router.top_k"}
+    # How routing is computed, and rounding, which evaluations do not have, are no part of the function either.
+    return {key for key in keys if not key.startswith("router.rounding.")} - {"router.top_k", "router.kernels"}
 
 
 def _model(flat: Flat, name: str) -> ModelConfig:

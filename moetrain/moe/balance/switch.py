@@ -36,7 +36,10 @@ class SwitchLoss(Balance):
 
     def on_routing(self, routing: Routing) -> Tensor:
         score_TE, valid_T = routing.balance_TE, routing.context.valid_T
-        expert_TK = torch.where(valid_T[:, None], top_k(score_TE, routing.top_k), -1)
+        counted_TK = routing.context.counted_TK
+        if counted_TK is None:
+            counted_TK = top_k(score_TE, routing.top_k)
+        expert_TK = torch.where(valid_T[:, None], counted_TK, -1)
         score_TE = torch.where(valid_T[:, None], score_TE, 0.0)
         scale = self.coefficient * self.n_experts
         if self.scope == "sequence":

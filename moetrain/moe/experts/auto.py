@@ -66,27 +66,30 @@ class AutoExperts:
         results: dict[str, Any] = {}
         inputs = measure.workload_inputs(load, device)
         for name, backend in self.candidates.items():
-            error = _attempt(measure.check, backend, inputs)
-            ms = _attempt(measure.median_ms, backend, inputs) if timed and error <= limit else math.inf
-            results[name] = {"ms": ms, "error": error}
+            error, why = _attempt(measure.check, backend, inputs)
+            ms = math.inf
+            if timed and error <= limit:
+                ms, why = _attempt(measure.median_ms, backend, inputs)
+            results[name] = {"ms": ms, "error": error, "why": why}
         del inputs
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return results
 
 
-def _attempt(fn: Callable[..., float], *args: Any) -> float:
+def _attempt(fn: Callable[..., float], *args: Any) -> tuple[float, str]:
     """A candidate that cannot run these shapes here (out of memory, no such kernel) is out of the race, no more."""
     try:
-        return fn(*args)
-    except Exception:
-        return math.inf
+        return fn(*args), ""
+    except Exception as problem:
+        return math.inf, (str(problem).splitlines() or [type(problem).__name__])[0][:100]
 
 
 def _describe(name: str, result: dict[str, Any], limit: float) -> str:
+    why = result.get("why") or f"error {result['error']:.1e}"
     if not result["error"] <= limit:
-        return f"{name} refused, error {result['error']:.1e}"
-    return f"{name} {result['ms']:.2f} ms" if result["ms"] < math.inf else f"{name} not timed"
+        return f"{name} refused, {why}"
+    return f"{name} {result['ms']:.2f} ms" if result["ms"] < math.inf else f"{name} not timed, {why}"
 
 
 def _versions(device: torch.device) -> dict[str, str]:

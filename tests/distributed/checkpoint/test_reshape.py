@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.checkpoint import agree, manifest
-from moetrain.checkpoint.store import CheckpointStore, load_weights
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.use import load_weights
 from moetrain.optim import adamw
 from moetrain.testing.ranks import run_ranks
 

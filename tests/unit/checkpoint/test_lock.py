@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 
 import pytest
 
 from moetrain.checkpoint import lock
-from moetrain.checkpoint.lock import NAME, RunLock
+from moetrain.checkpoint.lock import NAME, TURN, RunLock
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +45,7 @@ def test_a_living_holder_is_named_and_the_lock_is_released(tmp_path):
         assert _in_child(RunLock(run).__enter__)[1] == 3
         assert held.held()
     assert not held.held()
-    assert list(run.iterdir()) == []
+    assert [path.name for path in run.iterdir()] == [TURN]
     held.release()  # harmless
     assert _in_child(RunLock(run).__enter__)[1] == 0
 
@@ -100,25 +101,102 @@ def test_the_heartbeat_beats_and_stops_when_the_lock_is_lost(tmp_path):
     assert (tmp_path / NAME).exists()  # nor removed
 
 
-def test_of_many_that_find_a_dead_holder_one_wins(tmp_path):
-    for _ in range(10):
-        _foreign(tmp_path, age_s=1000)
-        ready, go = os.pipe()
-        children = []
-        for _ in range(4):
-            child = os.fork()
-            if child == 0:
-                os.close(go)
-                os.read(ready, 1)  # until the parent lets go
-                try:
-                    RunLock(tmp_path).__enter__()
-                except ValueError:
-                    os._exit(3)
-                time.sleep(0.15)  # alive while the others look
+def _race(run_dir, contenders):
+    """The number of winners among processes that all find a dead holder; a winner lives until everybody has looked."""
+    (ready, go), (wait, over), (result, say) = os.pipe(), os.pipe(), os.pipe()
+    children = []
+    for _ in range(contenders):
+        child = os.fork()
+        if child == 0:
+            os.close(go)
+            os.close(over)
+            os.read(ready, 1)  # until the parent lets go
+            try:
+                RunLock(run_dir).__enter__()
+            except ValueError:
+                os.write(say, b"L")
                 os._exit(0)
-            children.append(child)
-        os.close(ready)
-        os.close(go)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert codes.count(0) == 1, codes
+            except BaseException:
+                os.write(say, b"E")
+                os._exit(0)
+            os.write(say, b"W")
+            os.read(wait, 1)
+            os._exit(0)
+        children.append(child)
+    for end in (ready, wait, say, go):
+        os.close(end)
+    said = b""
+    while len(said) < contenders:
+        said += os.read(result, contenders)
+    os.close(over)
+    os.close(result)
+    for child in children:
+        os.waitpid(child, 0)
+    assert b"E" not in said
+    return said.count(b"W")
+
+
+def _no_locks(*args):
+    raise OSError("this file system has no locks")
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_of_many_that_find_a_dead_holder_one_wins(tmp_path, turns, monkeypatch):
+    if not turns:
+        monkeypatch.setattr(lock.fcntl, "flock", _no_locks)
+        monkeypatch.setattr(lock, "SETTLE_S", 0.1)
+    for _ in range(10 if turns else 5):
+        _foreign(tmp_path, age_s=1000)
+        assert _race(tmp_path, 4) == 1
         (tmp_path / NAME).unlink()
+
+
+def test_a_late_evictor_never_replaces_a_third_ones_lock(tmp_path, monkeypatch):
+    """Without turns: B judged the dead holder before A took over, C comes while B holds A's file aside."""
+    monkeypatch.setattr(lock.fcntl, "flock", _no_locks)
+    monkeypatch.setattr(lock, "SETTLE_S", 0.0)
+    a, b, c = RunLock(tmp_path), RunLock(tmp_path), RunLock(tmp_path)
+    _foreign(tmp_path, age_s=1000)
+    plain_lives, plain_rename = lock.RunLock._lives, os.rename
+
+    def judged_then_a_takes_over(self, holder):
+        monkeypatch.setattr(lock.RunLock, "_lives", plain_lives)
+        (tmp_path / NAME).unlink()
+        a.__enter__()
+        return False
+
+    def c_comes_in_between(source, target):
+        monkeypatch.setattr(os, "rename", plain_rename)
+        plain_rename(source, target)
+        c.__enter__()
+
+    monkeypatch.setattr(lock.RunLock, "_lives", judged_then_a_takes_over)
+    monkeypatch.setattr(os, "rename", c_comes_in_between)
+    with pytest.raises(ValueError, match="in use"):
+        b.__enter__()
+    assert [x.held() for x in (a, b, c)] == [False, False, True]  # A finds out when it has settled, or by its heartbeat
+    for x in (a, b, c):
+        x.release()
+
+
+def test_who_loses_the_lock_is_told(tmp_path):
+    lost = threading.Event()
+    with RunLock(tmp_path, expiry_s=0.2, on_lost=lost.set):
+        _foreign(tmp_path, age_s=0)
+        assert lost.wait(10)
+
+
+def test_a_restarted_run_waits_for_its_predecessor_on_another_host(tmp_path):
+    _foreign(tmp_path, age_s=0)
+    with pytest.raises(ValueError, match="in use by pid 4321 on host far-away"):
+        RunLock(tmp_path, expiry_s=1.0).__enter__()
+    with RunLock(tmp_path, expiry_s=1.0, wait_s=30) as held:
+        assert held.held()
+
+
+def test_drafts_of_killed_processes_are_swept(tmp_path):
+    draft = tmp_path / f".{NAME}.0123abcd"
+    draft.write_text("")
+    os.utime(draft, (time.time() - 1000,) * 2)
+    with RunLock(tmp_path):
+        assert not draft.exists()

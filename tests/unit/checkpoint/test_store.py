@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from moetrain.checkpoint import manifest, store
-from moetrain.checkpoint.store import CheckpointStore, load_weights, read_trainer_state, resolve
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.use import load_weights, read_trainer_state, resolve
 from moetrain.optim import adamw
 
 pytestmark = pytest.mark.unit
@@ -91,7 +94,7 @@ def test_names_are_those_of_the_parameters_and_nothing_is_pickled_beside(tmp_pat
 def test_manifest_says_what_it_is(tmp_path):
     path, _ = _save(tmp_path)
     held = manifest.read(path)
-    assert held["format"] == 1
+    assert held["format"] == 2
     assert held["step"] == 2
     assert held["layout"] == {"world": 1}
     assert held["versions"]["torch"] == torch.__version__
@@ -186,8 +189,32 @@ def _traverse(path):
     _edit_manifest(path, files={**files, "../secret": manifest.digest(path.parent / "secret")})
 
 
-def _newer_format(path):
-    _edit_manifest(path, format=2)
+def _absolute(path):
+    _edit_manifest(path, files={**manifest.read(path)["files"], "/etc/passwd": {"size": 1, "sha256": ""}})
+
+
+def _types(path):
+    _edit_manifest(path, files={"trainer.json": 5})
+
+
+def _device(path):
+    (path / "optim" / "__0_0.distcp").unlink()
+    (path / "optim" / "__0_0.distcp").symlink_to("/dev/zero")  # no right to make a node is needed
+
+
+def _folder_gone(path):
+    shutil.rmtree(path)
+    path.write_text("not a folder")
+
+
+def _folder_linked(path):
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def _index_pipe(path):
+    (path / "model" / ".metadata").unlink()
+    os.mkfifo(path / "model" / ".metadata")
 
 
 FAULTS = {
@@ -199,8 +226,13 @@ FAULTS = {
     _pipe: "optim/pipe is neither a file nor a folder",
     _manifest_flip: "does not match its own sha256",
     _manifest_gone: "manifest.json is missing: not a complete checkpoint",
-    _traverse: "../secret is missing",
-    _newer_format: "has format 2; this moetrain reads format 1",
+    _traverse: "'../secret', which is outside the checkpoint",
+    _absolute: "'/etc/passwd', which is outside the checkpoint",
+    _types: "manifest.json is damaged: TypeError",
+    _device: "optim/__0_0.distcp is neither a file nor a folder",
+    _folder_gone: "step_00000002 is not a folder",
+    _folder_linked: "step_00000002 is not a folder",
+    _index_pipe: "model/.metadata is neither a file nor a folder",
 }
 
 
@@ -217,10 +249,114 @@ def test_names_the_damage_and_offers_the_newest_intact_step(tmp_path, fault):
     assert str(error.value).endswith(f"newest other intact step: {intact}")
     assert _equal(before, _snapshot(*other))
     assert CheckpointStore(tmp_path).latest(deep=True) == intact
+    found, skipped = CheckpointStore(tmp_path).newest_intact()
+    assert found == intact
+    assert FAULTS[fault] in str(skipped[path.name])
+    if fault is _folder_linked:  # a link that the user names is another matter
+        assert resolve(path) == tmp_path / "elsewhere"
+        return
     if fault is not _flip:  # found by hashing only
         assert resolve(tmp_path) == intact
-        with pytest.raises(ValueError, match="cannot be used"):
+        with pytest.raises(ValueError, match=r"cannot be used|is not a directory"):
             resolve(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (3, "has format 3, of a newer moetrain; this moetrain reads formats 1 to 2"),
+        (0, "has format 0; this moetrain reads formats 1 to 2"),
+        ("x", "has format 'x'"),
+    ],
+)
+def test_another_format_is_refused_by_name_and_no_older_step_taken_in_its_stead(tmp_path, version, words):
+    _save(tmp_path, step=1)
+    path, _ = _save(tmp_path, step=2)
+    _edit_manifest(path, format=version)
+    keeper = CheckpointStore(tmp_path)
+    for call in (
+        lambda: keeper.load(path, *_trained(seed=1)),
+        lambda: resolve(path),
+        lambda: resolve(tmp_path),
+        keeper.latest,
+        keeper.newest_intact,
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_a_checkpoint_of_the_first_format_is_migrated():
+    """tests/unit/checkpoint/format_1 was written by the code of format 1 (git show 122a79a:moetrain/checkpoint)."""
+    path = Path(__file__).parent / "format_1" / "step_00000007"
+    assert manifest.read(path)["format"] == 1
+    model = nn.Linear(2, 2, bias=False)
+    optimizer = adamw.build(model.named_parameters(), lr=0.1)
+    state = CheckpointStore(path.parent).load(path, model, optimizer)
+    assert state == {"step": 7, "data": {"step": 7}, "val_loss": None} == read_trainer_state(path)
+    assert model.weight.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    held = optimizer.state[model.weight]
+    assert (held["exp_avg"] == 0.5).all()
+    assert held["step"] == 7
+
+
+def test_a_run_whose_steps_are_all_damaged_does_not_start_again_in_silence(tmp_path):
+    for step in (1, 2):
+        _flip(_save(tmp_path, step)[0])
+    with pytest.raises(ValueError, match=r"no intact step; run.resume=never starts at step 0") as error:
+        CheckpointStore(tmp_path).newest_intact()
+    assert str(error.value).count("is damaged") == 2
+    assert CheckpointStore(tmp_path / "empty").newest_intact() == (None, {})
+
+
+def test_any_flipped_byte_of_any_file_is_named(tmp_path):
+    path, _ = _save(tmp_path)
+    rng = random.Random(os.environ.get("MOETRAIN_TEST_SEED", "11"))
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    assert len(files) == 6
+    for file in files * 5:
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        at, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+        data[at] ^= bit
+        file.write_bytes(data)
+        (line,) = manifest.problems(path, None)
+        assert str(file) in line, f"byte {at} of {file} xor {bit}"
+        with pytest.raises(ValueError, match="no intact step"):
+            CheckpointStore(tmp_path).newest_intact()
+        file.write_bytes(whole)
+    assert manifest.problems(path, None) == []
+
+
+def test_named_exceptions_may_be_missing_or_unexpected_and_nothing_else(tmp_path):
+    path, (saved, _) = _save(tmp_path)
+    other = _trained(seed=1)[0]
+    other.extra = nn.Linear(2, 2)
+    del other.norm
+    with pytest.raises(ValueError) as error:
+        load_weights(path, other, ["extra.bias", "norm.*"])
+    assert "missing in the checkpoint: extra.weight" in str(error.value)
+    assert "extra.bias" not in str(error.value)
+    before, said = other.extra.weight.clone(), []
+    load_weights(path, other, ["extra.*", "norm.weight"], note=said.append)
+    assert torch.equal(other.extra.weight, before)
+    assert torch.equal(other.embed.weight, saved.embed.weight)
+    assert "extra.bias, extra.weight, norm.weight" in said[0]
+    with pytest.raises(ValueError, match=r"init.allow: 'nrom.\*' matches no name"):
+        load_weights(path, other, ["extra.*", "norm.*", "nrom.*"])
+    wide = _Model(width=4)
+    with pytest.raises(ValueError, match=r"embed.weight has shape"):
+        load_weights(path, wide, ["*"])  # names only
+
+    resumed = _trained(seed=1)
+    del resumed[0].bias_E
+    resumed[0].register_buffer("later_E", torch.ones(4))
+    with pytest.raises(ValueError, match="missing in the checkpoint: later_E"):
+        CheckpointStore(tmp_path).load(path, *resumed)
+    said.clear()
+    CheckpointStore(tmp_path).load(path, *resumed, allow=["bias_E", "later_E", "unused"], note=said.append)
+    assert torch.equal(resumed[0].later_E, torch.ones(4))
+    assert torch.equal(resumed[0].norm.weight, saved.norm.weight)
+    assert "bias_E" in said[0]
 
 
 def test_resolve_names_what_there_is(tmp_path):

@@ -100,7 +100,7 @@ def test_every_dtype_and_empty_tensors_come_back(tmp_path):
     (tmp_path / "x").mkdir()
     write_tensors(tmp_path / "x", held)
     read = {name: torch.zeros_like(tensor) for name, tensor in held.items()}
-    assert tensors.mismatches(tmp_path / "x", read, same_dtype=True) == []
+    assert tensors.mismatches(tmp_path / "x", read, same_dtype=True) == ([], [])
     read_tensors(tmp_path / "x", read)
     assert all(torch.equal(held[name], read[name]) for name in held)
 

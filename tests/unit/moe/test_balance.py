@@ -69,6 +69,16 @@ def test_uniform_scores_cost_exactly_the_coefficient():
         assert float(SwitchLoss(E, 0.25, scope).on_routing(uniform)) == pytest.approx(0.25)
 
 
+def test_switch_counts_what_a_replay_prescribes():
+    """Its own top-k is a second discrete choice: free, it would flip by rounding though the routing is replayed."""
+    routing = route(rows=1, length=8, padding=0)
+    counted_TK = torch.tensor([[0, 1]]).repeat(8, 1)  # everybody on the first two
+    replayed = replace(routing, context=replace(routing.context, counted_TK=counted_TK))
+    by_hand = E * float(routing.balance_TE.mean(0)[:2].sum()) / 2
+    assert float(SwitchLoss(E, 1.0).on_routing(replayed)) == pytest.approx(by_hand, rel=1e-12)
+    assert by_hand != pytest.approx(float(SwitchLoss(E, 1.0).on_routing(routing)), rel=1e-3)
+
+
 def test_switch_sees_through_a_selection_bias():
     bias = torch.tensor([5.0] * K + [0.0] * (E - K))
     assert float(SwitchLoss(E).on_routing(route(bias=bias))) == pytest.approx(float(SwitchLoss(E).on_routing(route())))

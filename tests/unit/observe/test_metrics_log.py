@@ -1,7 +1,9 @@
 """The JSON-lines logs: exact floats, kills, resumes."""
 
+import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -117,3 +119,27 @@ def test_null_log_takes_every_call():
 def test_a_row_needs_a_step(tmp_path):
     with pytest.raises(AssertionError, match="integer step"):
         MetricsLog(tmp_path).append({"loss": 1.0})
+
+
+def test_rows_wait_for_room_on_a_full_disk_whole_and_in_order(tmp_path, monkeypatch, capsys):
+    log = MetricsLog(tmp_path)
+    log.append({"step": 1})
+    real, room = os.write, [5, 0, 0]  # a few bytes fit, then none, then the disk is as it was
+
+    def full(handle, data):
+        if handle != log._file.fileno() or not room:
+            return real(handle, data)
+        fits = room.pop(0)
+        if not fits:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, data[:fits])
+
+    monkeypatch.setattr(os, "write", full)
+    log.append({"step": 2})
+    assert [row["step"] for row in read_rows(log.path)] == [1]
+    assert log.path.read_text().endswith("}\n")
+    log.append({"step": 3})
+    log.append({"step": 4})
+    assert [row["step"] for row in read_rows(log.path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("No space left") == 1
+    log.close()

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetrain.checkpoint.hf.save import export_hf, stored_config
 from moetrain.checkpoint.lazy import stored
-from moetrain.checkpoint.store import resolve
+from moetrain.checkpoint.use import resolve
 from moetrain.cli import main
 from moetrain.upcycle.command import upcycle
 from moetrain.upcycle.convert import build_initializer, convert, open_source

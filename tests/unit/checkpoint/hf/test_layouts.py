@@ -17,7 +17,7 @@ from moetrain.checkpoint.hf.load import import_hf
 from moetrain.checkpoint.hf.save import export_hf, stored_config
 from moetrain.checkpoint.hf.translate import choose, differences, from_hf, read
 from moetrain.checkpoint.lazy import stored
-from moetrain.checkpoint.store import resolve
+from moetrain.checkpoint.use import resolve
 from moetrain.cli import main
 from moetrain.config.compose import load_config
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moetrain.checkpoint.store import load_weights, resolve
+from moetrain.checkpoint.use import load_weights, resolve
 from moetrain.model.build import build_model
 from moetrain.model.generate import one_document
 

@@ -1,0 +1,147 @@
+"""The whole layer under candidate tables of blocks, step by step in turn with the dense limit:
+
+    PYTHONPATH=kernels python kernels/benchmarks/tables.py [--shapes olmoe ...] [--tables chosen hopper ...] [--zipf 0]
+
+A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every layer step
+follows a limit step. Prints the ratio, and per kernel its device milliseconds inside a step, in launch order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from experts import step
+from moetrain_kernels import compile_check, configs, experts, moe_experts, plan
+from shapes import SHAPES, Shape, dense_matmuls, tokens, weights
+
+LAUNCHES = ["histogram", "prefix", "scatter", "up", "down", "combine"]
+LAUNCHES += ["down_grad", "swiglu_grad", "dw_down", "dw_up", "dx", "combine"]
+
+
+def ring(**changes: object) -> configs.Config:
+    """The ring table with every kernel changed."""
+    return configs.Config(**{name: replace(r, **changes) for name, r in vars(configs.RING).items()})
+
+
+TABLES: dict[str, configs.Config | None] = {
+    "chosen": None,
+    "hopper": configs.HOPPER,
+    "few rows": configs.HOPPER_FEW_ROWS,
+    "ring s4x2": ring(stages=4, cols=64, bufs=2),
+    "ring s3x5": ring(stages=3, cols=64, bufs=5),
+    "ring s3x2": ring(stages=3, cols=128, bufs=2),
+}
+
+
+def bound(table: configs.Config) -> configs.Config:
+    return table.on(132, True, "tf32")
+
+
+def precompile(job: tuple[Shape, str]) -> None:
+    """Fill Triton's disk cache for one table without a device."""
+    shape, name = job
+    table = TABLES[name]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.bfloat16)
+
+    with compile_check.compiling_for(90, []):
+        x_TD, gate_TK = empty(shape.T, shape.D), torch.empty(shape.T, shape.K)
+        expert_TK = torch.zeros(shape.T, shape.K, dtype=torch.int64)
+        w = (empty(shape.E, 2, shape.F, shape.D), empty(shape.E, shape.D, shape.F))
+        config = bound(table) if table else configs.choose(x_TD, *w, expert_TK.numel())
+        rows = plan.sort_rows(expert_TK, shape.E, config.block_m)
+        _, h_R2F = experts.forward(x_TD, rows, gate_TK, *w, config)
+        experts.backward(x_TD, x_TD, rows, gate_TK, w, h_R2F, config, (True, True, True))
+
+
+def in_turn(runs: list[Callable[[int], object]], repeats: int = 12) -> list[float]:
+    """Median milliseconds of each, one of each in turn."""
+    for i in range(3):
+        for run in runs:
+            run(i)
+    events = [[(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(repeats)] for _ in runs]
+    for i in range(repeats):
+        for run, pairs in zip(runs, events):
+            pairs[i][0].record()
+            run(i)
+            pairs[i][1].record()
+    torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(end) for start, end in pairs) for pairs in events]
+
+
+def kernel_ms(run: Callable[[int], object], repeats: int = 6) -> list[float]:
+    """Median milliseconds of each launch of a step, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for i in range(repeats):
+            run(i)
+        torch.cuda.synchronize()
+    found = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA and "_kernel" in e.name]
+    found.sort(key=lambda e: e.time_range.start)
+    if len(found) != repeats * len(LAUNCHES):
+        return []
+    rows = [found[i :: len(LAUNCHES)] for i in range(len(LAUNCHES))]
+    return [statistics.median(e.time_range.elapsed_us() for e in row) / 1e3 for row in rows]
+
+
+def measure(shape: Shape, zipf: float, names: list[str]) -> None:
+    """Print one line per table."""
+    matmuls = list(dense_matmuls(shape).values())
+    w = tuple(t.requires_grad_() for t in weights(shape))
+    sets = [tokens(shape, zipf) for _ in range(3)]
+    for x, _, gate, _ in sets:
+        x.requires_grad_()
+        gate.requires_grad_()
+
+    def dense(i: int) -> None:
+        for matmul in matmuls:
+            matmul(i)
+
+    def layer(i: int) -> None:
+        step(moe_experts, sets[i % 3], w)
+
+    chosen = experts.choose
+    for name in names:
+        table = TABLES[name]
+
+        def choose(*args, table=table):
+            return chosen(*args) if table is None else bound(table)
+
+        with mock.patch.object(experts, "choose", choose):
+            try:
+                limit, ms = in_turn([dense, layer])
+                parts = kernel_ms(layer)
+            except Exception as problem:
+                print(f"  {name:10s} failed: {str(problem).splitlines()[0][:100]}", flush=True)
+                continue
+        print(f"{shape.name:16s} zipf {zipf} {name:10s} {ms:7.3f} / {limit:7.3f} ms = {ms / limit:5.3f}", flush=True)
+        kernels = " ".join(f"{k} {v:.3f}" for k, v in zip(LAUNCHES, parts))
+        print(f"    sum {sum(parts):.3f}: {kernels}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
+    parser.add_argument("--tables", nargs="+", default=["chosen"], choices=list(TABLES))
+    parser.add_argument("--zipf", nargs="+", type=float, default=[0.0])
+    args = parser.parse_args()
+    jobs = [(shape, name) for shape in SHAPES if shape.name in args.shapes for name in args.tables]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        pool.map(precompile, jobs, chunksize=1)
+    for shape in SHAPES:
+        for zipf in args.zipf if shape.name in args.shapes else []:
+            torch.manual_seed(0)
+            measure(shape, zipf, args.tables)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Warp-specialised Hopper kernel of the weight gradients: per expert, a product whose reduction runs over its rows."""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+
+from .launch import Launcher, Ring, cdiv
+from .plan import RowPlan
+from .ws import (
+    HALF,
+    column_part,
+    make_barriers,
+    multiply,
+    next_stage,
+    next_turn,
+    pass_over,
+    ring_desc,
+)
+
+
+@gluon.jit
+def _locate(turn, spans_E3, M: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr):
+    """(expert, first row, end row, row tile, column tile) of this program's tile in round `turn`.
+
+    Odd rounds run backwards: tiles come longest first, and the program that got the longest of one round should get
+    the shortest of the next.
+    """
+    M_TILES: gl.constexpr = (M + 2 * HALF - 1) // (2 * HALF)
+    N_TILES: gl.constexpr = (N + BN - 1) // BN
+    PER_EXPERT: gl.constexpr = M_TILES * N_TILES
+    pid = gl.program_id(0)
+    tile = turn * P + gl.where(turn % 2 == 0, pid, P - 1 - pid)
+    at = spans_E3 + 3 * (tile // PER_EXPERT)
+    inside = tile % PER_EXPERT
+    first = inside // (GROUP * N_TILES) * GROUP
+    size = gl.minimum(M_TILES - first, GROUP)
+    m = first + inside % (GROUP * N_TILES) % size
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2), m, inside % (GROUP * N_TILES) // size
+
+
+@gluon.jit
+def _turns(TILES: gl.constexpr, P: gl.constexpr):
+    """Rounds in which this program has a tile."""
+    pid = gl.program_id(0)
+    full: gl.constexpr = TILES // P
+    rest: gl.constexpr = TILES % P
+    place = pid if full % 2 == 0 else P - 1 - pid
+    return full + (place < rest).to(gl.int32)
+
+
+@gluon.jit
+def _load_slots(slot_R, row, end, lane_row):
+    return gl.load(slot_R + row + lane_row, mask=row + lane_row < end, other=0)
+
+
+@gluon.jit
+def _produce(
+    x_ptr,
+    r_desc,
+    slot_R,
+    spans_E3,
+    left,
+    right,
+    full,
+    empty,
+    turns,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    GROUP: gl.constexpr,
+    P: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    WIDTH: gl.constexpr = 2 * HALF if GATHER_LEFT else BN  # columns gathered
+    X: gl.constexpr = M if GATHER_LEFT else N
+    BYTES: gl.constexpr = BK * (BN if GATHER_LEFT else 2 * HALF) * 2
+    LANES: gl.constexpr = WIDTH // 8
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    lane_row = gl.arange(0, BK, layout=gl.SliceLayout(1, LOAD))
+    lane_col = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    for turn in range(turns):
+        _, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
+        x_col = m * (2 * HALF) if GATHER_LEFT else n * BN
+        r_col = n * BN if GATHER_LEFT else m * (2 * HALF)
+        cols = x_col + lane_col
+        slot = _load_slots(slot_R, row, end, lane_row)  # two steps ahead of the copies that need them
+        slot_after = _load_slots(slot_R, row + BK, end, lane_row)
+        for _ in range((end - row + BK - 1) // BK):
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, BYTES)
+            mask = (row + lane_row < end)[:, None]
+            if X % WIDTH != 0:
+                mask = mask & (cols < X)[None, :]
+            at = x_ptr + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
+            if GATHER_LEFT:
+                tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, right.index(stage))
+                async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
+            else:
+                tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, left.index(stage))
+                async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            row += BK
+            slot, slot_after = slot_after, _load_slots(slot_R, row + BK, end, lane_row)
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _consume(
+    out_desc,
+    spans_E3,
+    left,
+    right,
+    full,
+    empty,
+    staging,
+    view,
+    turns,
+    part: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    FLIP: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    COLS: gl.constexpr,
+    BUFS: gl.constexpr,
+    GROUP: gl.constexpr,
+    P: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    PARTS: gl.constexpr = BN // COLS
+    dtype: gl.constexpr = out_desc.dtype
+    stage, phase, slot = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for turn in range(turns):
+        expert, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
+        steps = (end - row + BK - 1) // BK
+        out_row = (2 * m + part) * HALF
+        if out_row < M:
+            acc = gl.zeros([HALF, BN], gl.float32, ACC)
+            acc, stage, phase = multiply(
+                left, right, full, empty, acc, stage, phase, steps, part, True, False, True, STAGES
+            )
+            for i in gl.static_range(PARTS):
+                out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
+                tma.store_wait(BUFS - 1)
+                col = n * BN + i * COLS
+                if FLIP:
+                    staging.index(part * BUFS + slot).permute([1, 0]).store(out)
+                    where = [expert, col, out_row]
+                else:
+                    staging.index(part * BUFS + slot).store(out)
+                    where = [expert, out_row, col]
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out_desc, where, view.index(part * BUFS + slot))
+                slot = next_turn(slot, BUFS)
+        else:
+            stage, phase = pass_over(full, empty, stage, phase, steps, STAGES)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def weight_grad_ws_kernel(
+    x_ptr,
+    r_desc,
+    out_desc,
+    slot_R,
+    spans_E3,
+    E: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
+    FLIP: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    COLS: gl.constexpr,
+    BUFS: gl.constexpr,
+    GROUP: gl.constexpr,
+    P: gl.constexpr,
+    STAGES: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr,
+):
+    """out[e] = left^T @ right over the rows of e, stored [M, N], or [N, M] with FLIP.
+
+    One side is x by token (left if GATHER_LEFT), read as zero past the expert's rows; the other is r by row, which
+    need only be finite there. The longest reductions come first.
+    """
+    BM: gl.constexpr = 2 * HALF
+    TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
+    dtype: gl.constexpr = out_desc.dtype
+    FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    full, empty = make_barriers(STAGES, 1 + 128)
+    left = gl.allocate_shared_memory(dtype, [STAGES, BK, BM], FLAT)
+    left_halves = left._reinterpret(dtype, [2 * STAGES, BK, HALF], FLAT)  # columns lie in slabs of 64
+    right = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], FLAT)
+    SHAPE: gl.constexpr = [2 * BUFS, COLS, HALF] if FLIP else [2 * BUFS, HALF, COLS]
+    VIEW: gl.constexpr = [2 * BUFS, 1, COLS, HALF] if FLIP else [2 * BUFS, 1, HALF, COLS]
+    staging = gl.allocate_shared_memory(dtype, SHAPE, FLAT)
+    view = staging._reinterpret(dtype, VIEW, out_desc.layout)
+    turns = _turns(TILES, P)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_produce, (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns,
+                        M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES)),
+        ],
+        [4, 4],
+        [CONSUMER_REGS, PRODUCER_REGS],
+    )
+    # fmt: on
+
+
+launch_weight_grad = Launcher(weight_grad_ws_kernel)
+
+
+def weight_grad_ws(
+    x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, ring: Ring
+) -> None:
+    """Fill `out_E` [E, M, N], or [E, N, M] if `flip`: per expert the sum over its rows of outer(x[token], r[row])."""
+    flip_tile = flip == ring.gather_left  # the tile's rows are x's columns if gather_left, else r's
+    rows, cols = (x_TM.shape[1], r_RN.shape[1]) if ring.gather_left else (r_RN.shape[1], x_TM.shape[1])
+    p = max(1, min(ring.sms, out_E.shape[0] * cdiv(rows, 128) * cdiv(cols, ring.bn)))
+    args = (
+        x_TM,
+        ring_desc(r_RN, (ring.bk, ring.bn if ring.gather_left else 128)),
+        ring_desc(out_E, (1, ring.cols, 64) if flip_tile else (1, 64, ring.cols)),
+        plan.slot_R,
+        plan.spans_E3,
+    )
+    constants = {
+        "E": out_E.shape[0],
+        "M": rows,
+        "N": cols,
+        "K": plan.top_k,
+        "GATHER_LEFT": ring.gather_left,
+        "FLIP": flip_tile,
+        "BN": ring.bn,
+        "BK": ring.bk,
+        "COLS": ring.cols,
+        "BUFS": ring.bufs,
+        "GROUP": ring.group,
+        "P": p,
+        "STAGES": ring.stages,
+        "PRODUCER_REGS": 72 if ring.gather_left else 88,
+        "CONSUMER_REGS": 216 if ring.gather_left else 208,
+    }
+    launch_weight_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)

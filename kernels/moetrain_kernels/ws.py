@@ -1,0 +1,176 @@
+"""Device helpers of the warp-specialised Hopper kernels: the ring of operand buffers, gathering, and storing tiles.
+
+One producer partition fills a ring of shared-memory stages (TMA, or cp.async for gathered rows); two consumer
+warpgroups, 64 rows of the tile each, multiply from it and store through staging buffers of their own. They meet only at
+the barriers `full` (a stage has arrived) and `empty` (both consumers have finished with it), so that one warpgroup's
+epilogue runs while the other still multiplies, and the loads never stop.
+"""
+
+from functools import cache
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+RAGGED = gl.constexpr(1 << 30)
+HALF = gl.constexpr(64)  # rows of a consumer: the height of one wgmma
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The ring's next stage; the phase flips when the ring wraps."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def stage_before(stage, STAGES: gl.constexpr):
+    """Computed, not carried: Triton 3.6 takes a loop's `before = stage` for a constant."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
+    """(full, empty): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after 2 arrivals."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=FULL_COUNT)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def halves(x, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """Left and right half of a [ROWS, COLS] block's columns; moves no data between threads."""
+    return x.reshape([ROWS, 2, COLS // 2]).permute([0, 2, 1]).split()
+
+
+@gluon.jit
+def column_part(x, i: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """Columns [i, i + 1) * COLS / PARTS of a [ROWS, COLS] block, PARTS being 1, 2 or 4."""
+    if PARTS == 1:
+        part = x
+    else:
+        left, right = halves(x, ROWS, COLS)
+        half = left if i < PARTS // 2 else right
+        if PARTS == 2:
+            part = half
+        else:
+            first, second = halves(half, ROWS, COLS // 2)
+            part = first if i % 2 == 0 else second
+    return part
+
+
+@gluon.jit
+def multiply(
+    left,
+    right,
+    full,
+    empty,
+    acc,
+    stage,
+    phase,
+    steps,
+    part: gl.constexpr,
+    LEFT_T: gl.constexpr,
+    RIGHT_T: gl.constexpr,
+    GATHER: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """acc plus `steps` stages of the ring, one product always in flight. Returns acc and the ring's position.
+
+    cp.async writes shared memory as ordinary stores do, wgmma reads it through the asynchronous proxy: with GATHER a
+    fence stands between them.
+    """
+    for k in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        if GATHER:
+            fence_async_shared()
+        a = left.index(2 * stage + part)
+        b = right.index(stage)
+        if LEFT_T:
+            a = a.permute([1, 0])
+        if RIGHT_T:
+            b = b.permute([1, 0])
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=k > 0)
+        stage, phase = next_stage(stage, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=steps > 0)
+    return acc, stage, phase
+
+
+@gluon.jit
+def pass_over(full, empty, stage, phase, steps, STAGES: gl.constexpr):
+    """Take part in `steps` stages without reading them (no row of this consumer's half is in use)."""
+    for _ in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
+    """Store a block at [row, half, col] of a [rows, halves, columns] tensor, only rows below `end`, by TMA.
+
+    `desc` has two more dimensions in front, of stride 2^34 - s and s for rows of s bytes: since addresses wrap at 2^64,
+    the row coordinate can be shifted so that `end` falls on the row dimension's bound, 2^30, where TMA stops.
+    The consumer's staging buffers take turns; returns the next turn.
+    """
+    tma.store_wait(BUFS - 1)
+    staging.index(base + turn).store(value)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [RAGGED, end, RAGGED - (end - row), half, col], view.index(base + turn))
+    return next_turn(turn, BUFS)
+
+
+@gluon.jit
+def next_turn(turn, BUFS: gl.constexpr):
+    if BUFS == 1:
+        return turn
+    return gl.where(turn == BUFS - 1, 0, turn + 1)
+
+
+@cache
+def _layout(rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+
+
+def _desc(tensor: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
+    """A TMA descriptor, without the constructor's checks (see launch.block_desc)."""
+    desc = object.__new__(TensorDescriptor)
+    desc.__dict__.update(
+        base=tensor,
+        shape=shape,
+        strides=strides,
+        block_shape=list(block),
+        layout=_layout(len(block)),
+        padding="zero",
+        round_f32_to_tf32=False,
+    )
+    return desc
+
+
+def ring_desc(tensor: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Descriptor of a contiguous 16-bit tensor for blocks in 128-byte swizzled shared memory."""
+    return _desc(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def ragged_desc(out_RHN: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Descriptor of [rows, halves, columns] for put_rows, with blocks of (rows, columns)."""
+    stride = out_RHN.stride(0)
+    shape = [2**31 - 2**16, 2**31 - 2**16, 2**30, out_RHN.shape[1], out_RHN.shape[2]]
+    strides = [2**34 - stride, stride, stride, out_RHN.stride(1), 1]
+    return _desc(out_RHN, shape, strides, (1, 1, block[0], 1, block[1]))
