@@ -49,7 +49,7 @@ class Work:
 class Stage(Decoder):
     """One stage: a part of `whole`, of which it shares the modules and all else that a forward pass needs.
 
-    forward(hidden, carry?, micro=number of the micro-batch) -> what the next stage receives, or the loss, fp64 0-d.
+    forward(hidden, carry?) of micro-batch number `micro` -> what the next stage receives, or the loss, fp64 0-d.
     """
 
     def __init__(self, whole: Decoder, index: int, last: bool, layers: range) -> None:
@@ -65,10 +65,11 @@ class Stage(Decoder):
             self.add_module(name, part)
         self.index, self.last = index, last
         self.work: Sequence[Work] = ()
+        self.micro = 0
         self.layers = nn.ModuleDict({str(i): whole.layers[str(i)] for i in layers})
 
-    def forward(self, *received: Tensor, micro: int) -> Any:  # type: ignore[override]
-        work = self.work[micro]
+    def forward(self, *received: Tensor) -> Any:  # type: ignore[override]
+        work = self.work[self.micro]
         out = super().forward(work.token_BS, work.context, work.criterion, received)
         if not self.last:
             return out
@@ -77,10 +78,16 @@ class Stage(Decoder):
 
 
 class _Runner(PipelineStage):
-    """Tells the stage which micro-batch it is: schedules pass tensors only, and a number in one would be waited for."""
+    """Tells the stage which micro-batch it is.
 
-    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, *rest: Any, **more: Any) -> Any:
-        return super().forward_one_chunk(fwd_chunk_id, args, {"micro": fwd_chunk_id}, *rest, **more)
+    Not as an argument: schedules pass tensors, a number in one would be waited for, and torch 2.11's V schedules ask
+    every argument for its gradient.
+    """
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *rest: Any, **more: Any) -> Any:
+        stage: Any = self.submod
+        stage.micro = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *rest, **more)
 
 
 def keep_stages(model: Decoder, config: Config, meshes: Meshes) -> list[int]:
@@ -160,8 +167,8 @@ class Pipeline:
                 local = tuple(self._shapes.buffer(stage.index, self.device))
                 for tensor in local:
                     dist.recv(tensor, group=self.group, group_src=rank_of_stage(self.parallel, before))
-            stage.work = [work]
-            out = stage(*local, micro=0)
+            stage.work, stage.micro = [work], 0
+            out = stage(*local)
             stage.work = ()
             local = out if isinstance(out, tuple) else (out,)
             if stage.last:

@@ -13,7 +13,8 @@ class PeakMemory:
     """`with PeakMemory() as peak: ...` then `peak.bytes`: the most anonymous memory above what there was before.
 
     Anonymous memory is what this process allocated; pages of mapped files (safetensors), which the system can drop at
-    any time, are left out. A thread looks every 2 ms, so shorter peaks may be missed. Linux only.
+    any time, are left out. A thread looks every 2 ms, or less often on a busy machine, so shorter peaks may be missed;
+    `look` looks at once. Linux only.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,11 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            self.bytes = max(self.bytes, anonymous_bytes() - self._before)
+            self.look()
+
+    def look(self) -> None:
+        """Take note of what is held now."""
+        self.bytes = max(self.bytes, anonymous_bytes() - self._before)
 
 
 def anonymous_bytes() -> int:

@@ -17,7 +17,8 @@ _MODEL, _ROUTER = "model.", "router."
 _UNSUPPORTED = {
     "gpt_oss": "it has attention sinks, alternating sliding windows, biases in experts and router, and a clamped SwiGLU"
 }
-_TRAINING_ONLY = ("warmup_steps", "tied")  # a router's options that change nothing once it is trained
+# A router's options that change how it is trained or computed, not what it computes once it is.
+_TRAINING_ONLY = ("warmup_steps", "tied", "rounding", "kernels")
 
 
 def family_of(theirs: Flat) -> Family:
