@@ -27,7 +27,7 @@ from moetrain.config.schema import CheckpointConfig
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the save of `step`: published in `path`, or `error` says why not."""
+    """What came of the save of `step`: published in `path` after `seconds`, or `error` says why not."""
 
     step: int
     path: Path | None
@@ -36,7 +36,8 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.path is not None:
-            return f"checkpoint of step {self.step} in {self.path.parent} ({self.seconds:.1f} s)"
+            took = f" ({self.seconds:.0f} s)" if self.seconds >= 1 else ""
+            return f"checkpoint of step {self.step} in {self.path.parent}{took}"
         return f"checkpoint of step {self.step} was NOT saved: {self.error}"
 
 
