@@ -9,7 +9,7 @@ from moetrain.mesh.build import Meshes
 from moetrain.moe.balance import switch
 from moetrain.moe.dispatch import exchange
 from moetrain.parallel import tp
-from moetrain.testing import run_ranks
+from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import flips, record, whole, worst
 from moetrain.trainer import Trainer
@@ -121,7 +121,12 @@ def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monke
     reference = single("moe")
     break_it(fault, monkeypatch)
     options = overrides(documents, tmp_path, "parallel.tp=2", "parallel.ep=2")
-    run, _ = run_ranks(record, 2, options, 2)[0]
+    try:
+        run, _ = run_ranks(record, 2, options, 2)[0]
+    except RankFailure as error:  # the recorder notices by itself that ranks have drifted apart
+        if "ranks differ" in str(error):
+            return
+        raise
     assert worst(run, reference) > 1e-6, f"{fault} went unnoticed"
 
 
