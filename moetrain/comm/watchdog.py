@@ -102,6 +102,7 @@ class Watchdog:
             summary = self._summary(found)
             self._write("summary.txt", summary)
             print(summary, file=sys.stderr, flush=True)
+        self._wait_for_summary()
         os._exit(1)
 
     def _write(self, name: str, text: str) -> None:
@@ -125,8 +126,13 @@ class Watchdog:
             except OSError:
                 break
             time.sleep(0.1)
-        time.sleep(0.5)  # let the others see the last report, too, before a launcher ends them
         return found
+
+    def _wait_for_summary(self) -> None:
+        """A launcher ends all ranks when the first of them exits, so none does before the summary is written."""
+        deadline = time.monotonic() + _WAIT_FOR_OTHERS_S / 3
+        while time.monotonic() < deadline and not (self.folder / "summary.txt").exists():
+            time.sleep(0.1)
 
     def _summary(self, found: dict[int, str]) -> str:
         lines: dict[str, list[int]] = {}

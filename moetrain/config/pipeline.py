@@ -6,6 +6,7 @@ A schedule may give a rank several (virtual) stages. `loop`: rank r of P holds s
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from itertools import accumulate
 
 from moetrain.config.schema import Config, ParallelConfig
@@ -13,6 +14,7 @@ from moetrain.mesh.layout import Layout
 
 STAGES_PER_RANK = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
 V_SCHEDULES = ("zbv", "dualpipev")  # these also split a backward pass into inputs' and weights' gradients
+V_TORCH = (2, 13)  # before, torch's split backward pass summed the gradients of different outputs of one operator
 
 
 def layer_counts(parallel: ParallelConfig, n_layers: int) -> list[int]:
@@ -53,6 +55,9 @@ def check_pipeline(config: Config, layout: Layout) -> None:
     if parallel.reshard_after_forward:
         reason = "would gather every parameter again for each micro-batch of a pipeline"
         raise _refuse("parallel.reshard_after_forward", "true", reason, "false")
+    if parallel.schedule in V_SCHEDULES and tuple(map(int, version("torch").split(".")[:2])) < V_TORCH:
+        reason = f"needs torch 2.13 for its split backward pass; this is {version('torch')}"
+        raise _refuse("parallel.schedule", parallel.schedule, reason, "interleaved")
     if parallel.recompute != "none" and parallel.schedule in V_SCHEDULES:
         # Their second half asks autograd once for each group of weights, and each time everything would run again.
         reason = f"with parallel.schedule={parallel.schedule} would recompute once for each group of weights"

@@ -69,8 +69,9 @@ def _export(run: Path, out: Path) -> int:
 def test_peak_is_near_one_layer(source, tmp_path):
     whole = LAYERS * LAYER
     peak = run_ranks(_upcycle, 1, source, tmp_path / "run")[0]
-    # A layer's experts, what the writer still holds of the layer before, one expert being made.
-    assert 0.9 * LAYER < peak < 3 * LAYER < whole / 3
+    # A layer's experts, what the writer still holds of the layer before, one expert being made, and what the allocator
+    # has not given back.
+    assert 0.9 * LAYER < peak < 4 * LAYER < whole / 3
     peak = run_ranks(_export, 1, tmp_path / "run", tmp_path / "back")[0]
     # A shard twice; a tensor as read from its file, as loaded, and in parts.
     assert peak < 6 * LAYER < whole / 2

@@ -124,6 +124,13 @@ def test_refusals(world, overrides, key, nearest):
     assert message.rstrip().endswith(nearest), message
 
 
+def test_v_schedules_need_a_torch_whose_split_backward_is_right(monkeypatch):
+    monkeypatch.setattr("moetrain.config.pipeline.version", lambda package: "2.11.0+cu130")
+    overrides = ["parallel.pp=2", "parallel.schedule=zbv", "train.micro_batch=4"]
+    with pytest.raises(ValueError, match=r"parallel\.schedule=zbv needs torch 2\.13.*nearest legal value: interleaved"):
+        validate(load_config(overrides), 2)
+
+
 def test_an_odd_row_is_refused_only_where_it_is_cut():
     assert validate(load_config(["train.seq_len=255"]), 2).cp == 1
 
