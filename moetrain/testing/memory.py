@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ class PeakMemory:
 
     Anonymous memory is what this process allocated; pages of mapped files (safetensors), which the system can drop at
     any time, are left out. A thread looks every 2 ms, or less often on a busy machine, so shorter peaks may be missed;
-    `look` looks at once. Linux only.
+    `look` looks at once. Linux with glibc only.
     """
 
     def __init__(self) -> None:
@@ -23,6 +24,8 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
+        # What was freed but not given back would be taken again without growing the process: a forked rank has plenty.
+        ctypes.CDLL(None).malloc_trim(0)
         self._before = anonymous_bytes()
         self._thread.start()
         return self
