@@ -84,7 +84,9 @@ class _Leg:
         self.going.append([self._scatter(t) for t in (row_MD, gate_MK) if t is not None])
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
-        sums = [torch.cat([moving.wait() for moving in column])[: self.trip.tokens] for column in zip(*self.going)]
+        sums = [torch.cat([moving.wait() for moving in column]) for column in zip(*self.going)]
+        if sums[0].shape[0] > self.trip.tokens:  # a view would lose FSDP's hook to an operation in place
+            sums = [total[: self.trip.tokens].clone() for total in sums]
         return sums[0], sums[1] if len(sums) > 1 else None
 
 
