@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moetrain.comm.shards import local
+
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
@@ -63,8 +65,8 @@ def clip_(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     scale = (max_norm / norm).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:
-            local = _local(parameter.grad)
-            local.mul_(scale.to(local.dtype))
+            here = local(parameter.grad)
+            here.mul_(scale.to(here.dtype))
 
 
 def check_finite(norm: Tensor, step: int, sample_ids: Sequence[Any] = ()) -> None:
@@ -90,11 +92,7 @@ def _sharded_over(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:
     )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _local_square(grad: Tensor, wide: torch.dtype) -> Tensor:
     if isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements):
         raise ValueError(f"a gradient of shape {tuple(grad.shape)} is not reduced yet: placements {grad.placements}")
-    return torch.linalg.vector_norm(_local(grad), dtype=wide).square()
+    return torch.linalg.vector_norm(local(grad), dtype=wide).square()

@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble
 from torch.distributed.tensor import DTensor
 
+from moetrain.comm.shards import local
 from moetrain.config.pipeline import micro_batches, rank_of_stage, stage_layers
 from moetrain.config.schema import Config
 from moetrain.mesh.build import Meshes
@@ -263,29 +264,25 @@ class _TiedEmbedding:
         mine = self.first if self.first is not None else self.last
         if mine is None:
             return
-        total = torch.zeros_like(_local(mine)) if mine.grad is None else _local(mine.grad)
+        total = torch.zeros_like(local(mine)) if mine.grad is None else local(mine.grad)
         if self.pair is not None:
             dist.all_reduce(total, group=self.pair)
         elif self.last is not None and self.last.grad is not None:
-            total += _local(self.last.grad)
+            total += local(self.last.grad)
             self.last.grad = None
         mine.grad = _like(total, mine)
 
     @torch.no_grad()
     def copy_weight(self) -> None:
         if self.pair is None and self.first is not None and self.last is not None:
-            _local(self.last).copy_(_local(self.first))
+            local(self.last).copy_(local(self.first))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(local: Tensor, parameter: Tensor) -> Tensor:
+def _like(part: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
-        return local
+        return part
     mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
-    return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(part, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
 
 
 def carry_width(model: nn.Module) -> int:

@@ -80,7 +80,7 @@ def survive(case: Case, data: list[str], directory: str, steps: int) -> dict[str
         hook = trainer.optimizer.register_step_pre_hook(lambda *_, t=trainer, c=checked: c.append(_check_gradients(t)))
         for _ in range(steps):
             row, _ = trainer.train_step()
-            assert row is not None, f"{name}: a bad step"
+            assert row, f"{name}: a bad step"
             assert math.isfinite(row["loss"]), f"{name}: {row}"
             losses[name] = row["loss"]
         hook.remove()

@@ -72,7 +72,7 @@ def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Te
     rows, held = [], []
     for _ in range(steps):
         row, _ = trainer.train_step()
-        assert row is not None, "a bad step"
+        assert row, "a bad step"
         rows.append(row)
         held.append(dict(seen))
     handle.remove()

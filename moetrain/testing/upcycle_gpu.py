@@ -114,7 +114,7 @@ def train(checkpoint: str, steps: int, overrides: list[str]) -> None:
         ready = time.monotonic() - start
         for _ in range(steps):
             row, _ = trainer.train_step()
-            assert row is not None, "a bad step"
+            assert row, "a bad step"
             if trainer.rank0 and (row["step"] == 1 or row["step"] % 10 == 0):
                 memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
                 print(
