@@ -44,6 +44,8 @@ class AllGatherDispatch:
 
 
 class _Trip:
+    first_stays = False
+
     def __init__(self, group: dist.ProcessGroup, tokens: int, padded: int, pieces: int) -> None:
         self.group, self.tokens, self.missing, self.pieces = group, tokens, padded - tokens, pieces
 

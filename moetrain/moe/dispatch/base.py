@@ -48,7 +48,10 @@ class Dispatcher(Protocol):
 
 
 class Leg(Protocol):
-    """Rows on their way, all out and then all home, for one direction of a pass. Used once, in this order."""
+    """Rows on their way, all out and then all home, for one direction of a pass. Used once, in this order.
+
+    Pieces arrive in their order; they are given in the same one, but for a first one that stays, which is last.
+    """
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
         """The rows [M, D] and labels [M, L] of one piece that came to this rank, ready on the current stream."""
@@ -64,9 +67,11 @@ class Trip(Protocol):
     """Which rows of one micro-batch go where, in which pieces: what moves in both passes. made once, from the routing.
 
     pieces: calls of the experts, the same number on every rank; the first should need no waiting.
+    first_stays: the first one's rows do not travel: it is begun first, given last, and worked on beside both ways.
     """
 
     pieces: int
+    first_stays: bool
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> Leg:
         """Send every token's row to all ranks that hold any of its experts. Labels are small and travel along; they
