@@ -63,11 +63,13 @@ def combine(
     gate_TK: torch.Tensor | None = None,
     part_RP: torch.Tensor | None = None,
     dgate_TK: torch.Tensor | None = None,
+    out_TN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`out_TN`; if `part_RP` is given, its row sums are also brought into `dgate_TK` (0 for an unused slot)."""
     num_tokens, top_k = plan.row_TK.shape
     num_n = y_RN.shape[1]
-    out_TN = y_RN.new_empty(num_tokens, num_n)
+    if out_TN is None:
+        out_TN = y_RN.new_empty(num_tokens, num_n)
     block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
     tokens = max(1, BLOCK_ELEMENTS // block)
     args = (y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, num_tokens)

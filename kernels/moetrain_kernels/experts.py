@@ -46,7 +46,7 @@ def check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows) -> Non
 
 
 def aligned(rows: torch.Tensor) -> torch.Tensor:
-    """The rows contiguous and at an address of 16 bytes: from a view at an odd offset, 2-byte loads would not pipeline."""
+    """The rows, contiguous and at a multiple of 16 bytes: elsewhere, 2-byte loads would not pipeline."""
     rows = rows.contiguous()
     return rows.clone() if rows.data_ptr() % 16 else rows
 

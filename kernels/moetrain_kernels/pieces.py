@@ -37,7 +37,7 @@ class _Piece:
 
 
 class ExpertPieces:
-    """`moe_experts` of every piece without autograd: start, finish; start_gradients, finish_gradients; weight_gradients.
+    """`moe_experts` of pieces, without autograd: start, finish; start_gradients, finish_gradients; weight_gradients.
 
     wanted: which of x, gate, w_gate_up, w_down will be asked for a gradient; None if there will be no backward pass.
     Pieces are numbered in the order of `start`. A second half may come at any time after its first; gradients start
@@ -66,14 +66,14 @@ class ExpertPieces:
         if self.wanted is None:
             piece.h_R2F = None
 
-    def finish(self, number: int) -> torch.Tensor:
-        """Down-projection and weighted sum: y_TD of a piece."""
+    def finish(self, number: int, out_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """Down-projection and weighted sum: y_TD of a piece, in `out_TD` if given and rows are in use."""
         piece = self.pieces[number]
         if piece.plan is None:
             return torch.zeros_like(piece.x_TD)
         y_RD = grouped_gemm(piece.a_RF, piece.plan, self.w_down_EDF, piece.config.down)
         piece.a_RF = None
-        return combine(y_RD, piece.plan, piece.gate_TK)
+        return combine(y_RD, piece.plan, piece.gate_TK, out_TN=out_TD)
 
     def start_gradients(self, number: int, dy_TD: torch.Tensor) -> None:
         """From dy to the gradient of the pre-activation."""
@@ -87,8 +87,10 @@ class ExpertPieces:
         _, _, piece.part_RP = swiglu_grad(b_RF, piece.gate_TK, piece.plan, piece.h_R2F, dh_R2F)
         piece.h_R2F, piece.dh_R2F = None, dh_R2F
 
-    def finish_gradients(self, number: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """dx_TD and dgate_TK of a piece, None where not wanted."""
+    def finish_gradients(
+        self, number: int, out_TD: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """dx_TD (in `out_TD` if given and rows are in use) and dgate_TK of a piece, None where not wanted."""
         piece = self.pieces[number]
         if not (self.wanted[0] or self.wanted[1]):
             return None, None
@@ -97,7 +99,7 @@ class ExpertPieces:
         else:
             dgate_TK, w_up_rows = torch.empty_like(piece.gate_TK), self.w_gate_up_E2FD.flatten(1, 2)
             dx_RD = grouped_gemm(piece.dh_R2F, piece.plan, w_up_rows, piece.config.dx, transposed=True)
-            dx_TD = combine(dx_RD, piece.plan, part_RP=piece.part_RP, dgate_TK=dgate_TK)
+            dx_TD = combine(dx_RD, piece.plan, part_RP=piece.part_RP, dgate_TK=dgate_TK, out_TN=out_TD)
             piece.dh_R2F = piece.part_RP = None
         return dx_TD if self.wanted[0] else None, dgate_TK if self.wanted[1] else None
 

@@ -1,7 +1,7 @@
 """Where a weight gradient finds every expert's rows: in one piece, or in several that were computed one by one.
 
-The pieces' tokens lie wherever they came to; only the rows that the backward pass itself makes (dH, gate * a) lie behind
-each other. So one kernel can sum over all pieces and write every weight gradient once.
+The pieces' tokens lie wherever they came to; only the rows that the backward pass itself makes (dH, gate * a) lie
+behind each other. So one kernel can sum over all pieces and write every weight gradient once.
 """
 
 from __future__ import annotations

@@ -56,6 +56,9 @@ class Leg(Protocol):
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
         """The rows [M, D] and labels [M, L] of one piece that came to this rank, ready on the current stream."""
 
+    def room(self, piece: int) -> Tensor | None:
+        """Memory in which rows that will be given are best made, if there is any; they may come from elsewhere."""
+
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         """Start the way home of what this rank has for the rows of a piece."""
 

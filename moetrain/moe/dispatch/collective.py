@@ -170,6 +170,9 @@ class _Leg:
         *label, rows = [moving.wait() for moving in self.coming.pop(id(self.trip.parts[piece]))]
         return rows, label[0] if label else None
 
+    def room(self, piece: int) -> None:
+        return None
+
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         part = self.trip.parts[piece]
         given = [row_MD] if gate_MK is None else [row_MD, gate_MK]

@@ -5,8 +5,8 @@ device), and the sums over this rank's experts are copied home the same way. Mea
 are in docs/dispatch.md.
 
 One leg, with its number n. Buffers serve all layers and passes in turn; every leg of a model uses them alike.
-    here   write rows into OUT; post "out of r = n" to every peer
-    beside for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
+    beside write rows into OUT; post "out of r = n" to every peer;
+           for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
     here   the experts' first half of the own rows; then a part of the peers' rows when its copies have arrived:
            write the sums into HOME of their owners, post "home from r, part p = n" to them
     beside when the last of them is posted: wait for "home from s, part p >= n" of each peer, copy it here
@@ -158,8 +158,11 @@ class _Leg:
         self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
         self.home_RTK: Tensor | None = None
         self.mine = self.dispatch.segments(self.memory.rank, trip.parts)
-        self._stage()
-        self.arrived = self._fetch()
+        here = self.memory.mark()
+        with self.memory.beside():
+            self.memory.after(here)  # the rows are there; the landing places are free, their former users done
+            self._stage()
+            self.arrived = self._fetch()
         self.returned: Any = None
 
     def _stage(self) -> None:
@@ -176,21 +179,18 @@ class _Leg:
 
     def _fetch(self) -> list[Any]:
         """Peers' rows, part by part."""
-        here, arrived = self.memory.mark(), []
-        with self.memory.beside():
-            self.memory.after(here)  # the landing places are free, their former users done
-            position = 0
-            for part in range(self.trip.parts):
-                for seg in (seg for seg in self.mine if seg.part == part):
-                    self.memory.wait(self.dispatch.out_flag(seg.source), self.number)
-                    landing = slice(position, position + seg.stop - seg.start)
-                    if self.label_ML is not None:
-                        labels = self.dispatch.buffer(seg.source, "out_labels")
-                        self.label_ML[landing].copy_(labels[seg.start : seg.stop], non_blocking=True)
-                    rows = self.dispatch.buffer(seg.source, "out_rows")
-                    self.row_MD[landing].copy_(rows[seg.start : seg.stop], non_blocking=True)
-                    position = landing.stop
-                arrived.append(self.memory.mark())
+        arrived, position = [], 0
+        for part in range(self.trip.parts):
+            for seg in (seg for seg in self.mine if seg.part == part):
+                self.memory.wait(self.dispatch.out_flag(seg.source), self.number)
+                landing = slice(position, position + seg.stop - seg.start)
+                if self.label_ML is not None:
+                    labels = self.dispatch.buffer(seg.source, "out_labels")
+                    self.label_ML[landing].copy_(labels[seg.start : seg.stop], non_blocking=True)
+                rows = self.dispatch.buffer(seg.source, "out_rows")
+                self.row_MD[landing].copy_(rows[seg.start : seg.stop], non_blocking=True)
+                position = landing.stop
+            arrived.append(self.memory.mark())
         return arrived
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
@@ -204,6 +204,14 @@ class _Leg:
         total = self.row_MD.shape[0]
         return slice(total * part // self.trip.parts, total * (part + 1) // self.trip.parts)
 
+    def room(self, piece: int) -> Tensor | None:
+        """Where a part that is one stretch of one peer's rows goes home from."""
+        of_part = [seg for seg in self.mine if seg.part == piece - 1]
+        return self._home(of_part[0]) if len(of_part) == 1 else None
+
+    def _home(self, seg: Segment) -> Tensor:
+        return self.dispatch.buffer(self.memory.rank, "home_rows")[seg.source, seg.start : seg.stop]
+
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         if piece == 0:
             self.own = row_MD, gate_MK
@@ -211,8 +219,9 @@ class _Leg:
         rank, position = self.memory.rank, 0
         for seg in (seg for seg in self.mine if seg.part == piece - 1):
             given = slice(position, position + seg.stop - seg.start)
-            home = self.dispatch.buffer(rank, "home_rows")[seg.source, seg.start : seg.stop]
-            home.copy_(row_MD[given])
+            home = self._home(seg)
+            if home.data_ptr() != row_MD.data_ptr():
+                home.copy_(row_MD[given])
             if gate_MK is not None:
                 self.dispatch.buffer(rank, "home_gates")[seg.source, seg.start : seg.stop].copy_(gate_MK[given])
             self.memory.post(seg.source, self.dispatch.home_flag(rank, seg.part), self.number)

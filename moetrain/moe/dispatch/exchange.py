@@ -2,8 +2,8 @@
 
 Both directions run the same schedule over the same trip, because the gradient of a sum is sent where its parts came
 from: rows go out (tokens; gradients of the output), experts work piece by piece while other pieces travel, and what
-they made goes home (weighted sums; gradients of tokens and gates). Beside the last rows' way home the experts finish the
-rows that never left and, in the backward pass, make the weight gradients of all pieces. Communication is the
+they made goes home (weighted sums; gradients of tokens and gates). Beside the last rows' way home the experts finish
+the rows that never left and, in the backward pass, make the weight gradients of all pieces. Communication is the
 transport's (`base.Trip`), computation the backend's (`experts/base.Pieces`).
 """
 
@@ -95,7 +95,7 @@ class _Exchange(torch.autograd.Function):
             with kept_graph() if job.kept else nullcontext():
                 work.start(x_MD, *job.slots(label_ML))
 
-        _in_turn(job.trip, start, lambda piece: leg.give(piece, work.finish(piece)))
+        _in_turn(job.trip, start, lambda piece: leg.give(piece, work.finish(piece, leg.room(piece))))
         y_TD, _ = leg.collect()
         ctx.job, ctx.gate_dtype = job, gate_TK.dtype
         ctx.save_for_backward(gate_TK)  # asked for, it has a recomputed pass run
@@ -116,7 +116,7 @@ class _Exchange(torch.autograd.Function):
         leg = job.trip.start(grads[0].contiguous())
 
         def finish(piece: int) -> None:
-            dx_MD, dgate_MK = work.finish_gradients(piece)
+            dx_MD, dgate_MK = work.finish_gradients(piece, leg.room(piece))
             assert dx_MD is not None, "the input of a MoE layer wants a gradient"
             leg.give(piece, dx_MD, dgate_MK)
 

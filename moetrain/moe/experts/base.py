@@ -38,14 +38,14 @@ class Pieces(Protocol):
     def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor) -> None:
         """The first half of the next piece."""
 
-    def finish(self, piece: int) -> Tensor:
-        """y_MD."""
+    def finish(self, piece: int, out_MD: Tensor | None = None) -> Tensor:
+        """y_MD, best in `out_MD` if that is given, but it may be another tensor."""
 
     def start_gradients(self, piece: int, dy_MD: Tensor) -> None:
         """The first half of a piece's backward pass."""
 
-    def finish_gradients(self, piece: int) -> tuple[Tensor | None, Tensor | None]:
-        """dx_MD and dgate_MK, None where none is wanted."""
+    def finish_gradients(self, piece: int, out_MD: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """dx_MD, best in `out_MD`, and dgate_MK; None where none is wanted."""
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Of all pieces, which have all been through both halves: work beside which the last rows travel."""

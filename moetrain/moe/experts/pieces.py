@@ -36,7 +36,7 @@ class CallPieces:
         self.graphs.append((torch.autograd.graph.get_gradient_edge(y_MD), leaves))
         self.made.append(y_MD.detach())
 
-    def finish(self, piece: int) -> Tensor:
+    def finish(self, piece: int, out_MD: Tensor | None = None) -> Tensor:
         y_MD, self.made[piece] = self.made[piece], None
         assert y_MD is not None
         return y_MD
@@ -54,7 +54,7 @@ class CallPieces:
         found = iter(torch.autograd.grad([edge], [leaf for leaf in leaves if leaf.requires_grad], [dy_MD]))
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
-    def finish_gradients(self, piece: int) -> tuple[Tensor | None, Tensor | None]:
+    def finish_gradients(self, piece: int, out_MD: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         return self.gradients.pop(piece)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
