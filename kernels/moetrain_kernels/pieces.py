@@ -6,6 +6,7 @@ is started while others' come and finished while their results go home; backward
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from .spans import several_pieces
 from .swiglu_grad import swiglu_grad
 from .up import up_swiglu
 from .weight_grad import weight_grad
+
+More = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]  # [P, at least T, D], [P, as many, K]; contiguous
 
 
 @dataclass
@@ -41,7 +44,7 @@ class ExpertPieces:
 
     wanted: which of x, gate, w_gate_up, w_down will be asked for a gradient; None if there will be no backward pass.
     Pieces are numbered in the order of `start`. A second half may come at any time after its first; gradients start
-    when every forward half is done, those of weights come last. All once.
+    when every forward half is done, those of weights come when all pieces' have started. All once.
     """
 
     def __init__(
@@ -66,14 +69,17 @@ class ExpertPieces:
         if self.wanted is None:
             piece.h_R2F = None
 
-    def finish(self, number: int, out_TD: torch.Tensor | None = None) -> torch.Tensor:
-        """Down-projection and weighted sum: y_TD of a piece, in `out_TD` if given and rows are in use."""
+    def finish(self, number: int, out_TD: torch.Tensor | None = None, more: More | None = None) -> torch.Tensor:
+        """Down-projection and weighted sum: y_TD of a piece, in `out_TD` if given and there are rows.
+
+        more: called between the two, for sums made elsewhere that are added (to y, or to dx and dgate).
+        """
         piece = self.pieces[number]
         if piece.plan is None:
-            return torch.zeros_like(piece.x_TD)
+            return _plus(torch.zeros_like(piece.x_TD), more()[0] if more else None)
         y_RD = grouped_gemm(piece.a_RF, piece.plan, self.w_down_EDF, piece.config.down)
         piece.a_RF = None
-        return combine(y_RD, piece.plan, piece.gate_TK, out_TN=out_TD)
+        return combine(y_RD, piece.plan, piece.gate_TK, out_TN=out_TD, more=more() if more else None)
 
     def start_gradients(self, number: int, dy_TD: torch.Tensor) -> None:
         """From dy to the gradient of the pre-activation."""
@@ -88,18 +94,20 @@ class ExpertPieces:
         piece.h_R2F, piece.dh_R2F = None, dh_R2F
 
     def finish_gradients(
-        self, number: int, out_TD: torch.Tensor | None = None
+        self, number: int, out_TD: torch.Tensor | None = None, more: More | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """dx_TD (in `out_TD` if given and rows are in use) and dgate_TK of a piece, None where not wanted."""
+        """dx_TD and dgate_TK of a piece, None where not wanted; arguments as in `finish`."""
         piece = self.pieces[number]
         if not (self.wanted[0] or self.wanted[1]):
             return None, None
         if piece.plan is None:
-            dx_TD, dgate_TK = torch.zeros_like(piece.x_TD), torch.zeros_like(piece.gate_TK)
+            parts = more() if more else (None, None)
+            dx_TD, dgate_TK = (_plus(torch.zeros_like(t), p) for t, p in zip((piece.x_TD, piece.gate_TK), parts))
         else:
             dgate_TK, w_up_rows = torch.empty_like(piece.gate_TK), self.w_gate_up_E2FD.flatten(1, 2)
             dx_RD = grouped_gemm(piece.dh_R2F, piece.plan, w_up_rows, piece.config.dx, transposed=True)
-            dx_TD = combine(dx_RD, piece.plan, part_RP=piece.part_RP, dgate_TK=dgate_TK, out_TN=out_TD)
+            sums = more() if more else None
+            dx_TD = combine(dx_RD, piece.plan, None, piece.part_RP, dgate_TK, out_TD, sums)
             piece.dh_R2F = piece.part_RP = None
         return dx_TD if self.wanted[0] else None, dgate_TK if self.wanted[1] else None
 
@@ -117,6 +125,7 @@ class ExpertPieces:
         config = choose(x[0], *weights, dh_R2F.shape[0])
         if dw_down is not None:
             weight_grad(dy[0], a_RF, rows_dy, dw_down, False, config.dw_down)
+        del a_RF
         if dw_gate_up is not None:
             weight_grad(x[0], dh_R2F, rows_x, dw_gate_up.flatten(1, 2), True, config.dw_up)
         return dw_gate_up, dw_down
@@ -129,3 +138,7 @@ class ExpertPieces:
             self.rows = like.new_empty(sum(sizes), 2 * num_f), like.new_empty(sum(sizes), num_f)
         place = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
         return self.rows[0][place], self.rows[1][place]
+
+
+def _plus(own: torch.Tensor, parts: torch.Tensor | None) -> torch.Tensor:
+    return own if parts is None else own + parts[:, : own.shape[0]].sum(0)

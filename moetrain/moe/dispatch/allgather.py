@@ -84,6 +84,9 @@ class _Leg:
     def room(self, piece: int) -> None:
         return None
 
+    def rest(self) -> None:
+        return None
+
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         self.coming[piece] = (None, Moving(row_MD[:0]))
         self.going.append([self._scatter(t) for t in (row_MD, gate_MK) if t is not None])

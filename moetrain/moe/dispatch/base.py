@@ -5,6 +5,7 @@ Shape suffixes: T tokens here, M rows that came to this rank's experts, K expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +59,10 @@ class Leg(Protocol):
 
     def room(self, piece: int) -> Tensor | None:
         """Memory in which rows that will be given are best made, if there is any; they may come from elsewhere."""
+
+    def rest(self) -> Callable[[], tuple[Tensor, Tensor | None]] | None:
+        """If the rows of a first piece that stays are all tokens here, in order: what waits for and returns the sums
+        that came home from elsewhere, [P, at least T, D] and [P, as many, K]. They must then be given with it."""
 
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         """Start the way home of what this rank has for the rows of a piece."""

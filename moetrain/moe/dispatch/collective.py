@@ -173,6 +173,9 @@ class _Leg:
     def room(self, piece: int) -> None:
         return None
 
+    def rest(self) -> None:
+        return None
+
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         part = self.trip.parts[piece]
         given = [row_MD] if gate_MK is None else [row_MD, gate_MK]

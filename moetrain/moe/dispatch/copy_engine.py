@@ -18,6 +18,7 @@ those. HOME of s is free when a piece of leg n + 1 with rows of s is done: s pos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,21 +251,16 @@ class _Leg:
                         self.home_RTK[index, place].copy_(gates, non_blocking=True)
             return self.memory.mark()
 
+    def rest(self) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        def came_home() -> tuple[Tensor, Tensor | None]:
+            self.memory.after(self.returned)
+            return self.home_RTD, self.home_RTK
+
+        return came_home
+
     def collect(self) -> tuple[Tensor, Tensor | None]:
         assert self.own is not None
-        self.memory.after(self.returned)
-        (rows, gates), tokens = self.own, self.trip.tokens
-        return _sum(rows, self.home_RTD[:, :tokens]), (
-            None if gates is None or self.home_RTK is None else _sum(gates, self.home_RTK[:, :tokens])
-        )
-
-
-def _sum(own: Tensor, home: Tensor) -> Tensor:
-    """What this rank's experts made, plus what came home from each peer."""
-    total = own + home[0]
-    for part in home[1:].unbind():
-        total += part
-    return total
+        return self.own
 
 
 def build(

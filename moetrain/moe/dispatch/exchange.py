@@ -66,14 +66,21 @@ class _Job:
         return (expert_MK - self.first_expert).long(), gate_MK.contiguous()
 
 
-def _in_turn(trip: Trip, start: Callable[[int], None], finish: Callable[[int], None]) -> None:
-    """Both halves of every piece's work. One whose rows stay here is begun first and finished last."""
+def _in_turn(
+    trip: Trip, start: Callable[[int], None], finish: Callable[[int], None], beside: Callable[[], None] | None = None
+) -> None:
+    """Both halves of every piece's work. One whose rows stay here is begun first and finished last.
+
+    beside: what else there is to do while the last rows travel.
+    """
     stays = int(trip.first_stays and trip.pieces > 1)
     for piece in range(stays):
         start(piece)
     for piece in range(stays, trip.pieces):
         start(piece)
         finish(piece)
+    if beside is not None:
+        beside()
     for piece in range(stays):
         finish(piece)
 
@@ -95,7 +102,11 @@ class _Exchange(torch.autograd.Function):
             with kept_graph() if job.kept else nullcontext():
                 work.start(x_MD, *job.slots(label_ML))
 
-        _in_turn(job.trip, start, lambda piece: leg.give(piece, work.finish(piece, leg.room(piece))))
+        def finish(piece: int) -> None:
+            more = leg.rest() if piece == 0 else None
+            leg.give(piece, work.finish(piece, leg.room(piece), more))
+
+        _in_turn(job.trip, start, finish)
         y_TD, _ = leg.collect()
         ctx.job, ctx.gate_dtype = job, gate_TK.dtype
         ctx.save_for_backward(gate_TK)  # asked for, it has a recomputed pass run
@@ -116,12 +127,14 @@ class _Exchange(torch.autograd.Function):
         leg = job.trip.start(grads[0].contiguous())
 
         def finish(piece: int) -> None:
-            dx_MD, dgate_MK = work.finish_gradients(piece, leg.room(piece))
+            more = leg.rest() if piece == 0 else None
+            dx_MD, dgate_MK = work.finish_gradients(piece, leg.room(piece), more)
             assert dx_MD is not None, "the input of a MoE layer wants a gradient"
             leg.give(piece, dx_MD, dgate_MK)
 
-        _in_turn(job.trip, lambda piece: work.start_gradients(piece, leg.arrive(piece)[0]), finish)
-        dw = work.weight_gradients()
+        dw: list[Tensor | None] = []
+        start = lambda piece: work.start_gradients(piece, leg.arrive(piece)[0])  # noqa: E731
+        _in_turn(job.trip, start, finish, lambda: dw.extend(work.weight_gradients()))
         dx_TD, dgate_TK = leg.collect()
         if dgate_TK is not None:
             dgate_TK = dgate_TK.to(ctx.gate_dtype)

@@ -6,6 +6,7 @@ w_down_EDF [E, D, F]. expert_e(x) = w_down_e (silu(w_gate_e x) * (w_up_e x)).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +28,8 @@ class ExpertBackend(Protocol):
 
 Wanted = tuple[bool, bool, bool, bool]  # whether x, gates, w_gate_up, w_down want a gradient
 
+More = Callable[[], tuple[Tensor, Tensor | None]]  # sums made elsewhere: [P, at least M, D] and [P, as many, K]
+
 
 class Pieces(Protocol):
     """What an ExpertBackend computes, of rows that come in pieces, outside autograd.
@@ -38,17 +41,19 @@ class Pieces(Protocol):
     def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor) -> None:
         """The first half of the next piece."""
 
-    def finish(self, piece: int, out_MD: Tensor | None = None) -> Tensor:
-        """y_MD, best in `out_MD` if that is given, but it may be another tensor."""
+    def finish(self, piece: int, out_MD: Tensor | None = None, more: More | None = None) -> Tensor:
+        """y_MD, best in `out_MD` if that is given, but it may be another tensor; plus what `more` returns, if given."""
 
     def start_gradients(self, piece: int, dy_MD: Tensor) -> None:
         """The first half of a piece's backward pass."""
 
-    def finish_gradients(self, piece: int, out_MD: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """dx_MD, best in `out_MD`, and dgate_MK; None where none is wanted."""
+    def finish_gradients(
+        self, piece: int, out_MD: Tensor | None = None, more: More | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx_MD and dgate_MK; None where none is wanted. Arguments as in `finish`."""
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of all pieces, which have all been through both halves: work beside which the last rows travel."""
+        """Of all pieces, when all have been through the first half: work beside which the last rows travel."""
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moetrain.moe.experts.base import Divisible, ExpertBackend, Pieces, Wanted
+from moetrain.moe.experts.base import Divisible, ExpertBackend, More, Pieces, Wanted
 
 Weights = tuple[Tensor, Tensor]  # w_gate_up_E2FD, w_down_EDF
 
@@ -36,10 +36,10 @@ class CallPieces:
         self.graphs.append((torch.autograd.graph.get_gradient_edge(y_MD), leaves))
         self.made.append(y_MD.detach())
 
-    def finish(self, piece: int, out_MD: Tensor | None = None) -> Tensor:
+    def finish(self, piece: int, out_MD: Tensor | None = None, more: More | None = None) -> Tensor:
         y_MD, self.made[piece] = self.made[piece], None
         assert y_MD is not None
-        return y_MD
+        return _plus(y_MD, more()[0]) if more else y_MD
 
     def start_gradients(self, piece: int, dy_MD: Tensor) -> None:
         found = self._gradients(piece, dy_MD)
@@ -54,11 +54,25 @@ class CallPieces:
         found = iter(torch.autograd.grad([edge], [leaf for leaf in leaves if leaf.requires_grad], [dy_MD]))
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
-    def finish_gradients(self, piece: int, out_MD: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        return self.gradients.pop(piece)
+    def finish_gradients(
+        self, piece: int, out_MD: Tensor | None = None, more: More | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dx_MD, dgate_MK = self.gradients.pop(piece)
+        if more is None:
+            return dx_MD, dgate_MK
+        rows, gates = more()
+        return _plus(dx_MD, rows), _plus(dgate_MK, gates)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         return self.dw[0], self.dw[1]
+
+
+def _plus(own: Tensor | None, parts: Tensor | None) -> Tensor | None:
+    if own is None or parts is None:
+        return own
+    for part in parts.unbind():
+        own = own + part[: len(own)]
+    return own
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:

@@ -40,7 +40,7 @@ def wanted(x, expert, gate, w_up, w_down, dy):
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("first_last", [False, True])
 def test_pieces_equal_the_whole(cut, first_last):
-    """Also when the first piece's second halves come after all others', and one piece uses no expert."""
+    """Also when the first piece ends last, and adds sums made elsewhere, and one piece uses no expert."""
     x, expert, gate, w_up, w_down = problem(3)
     if cut[-1] == 4:
         expert[-4:] = -1
@@ -51,12 +51,18 @@ def test_pieces_equal_the_whole(cut, first_last):
     order = order[1:] + order[:1] if first_last else order
     for part in zip(x.split(cut), expert.split(cut), gate.split(cut)):
         pieces.start(*part)
-    y = {i: pieces.finish(i) for i in order}
+    more = torch.randn(2, len(x), x.shape[1]), torch.randn(2, len(x), gate.shape[1])
+    with_more = {0: lambda: more} if first_last else {}
+    y = {i: pieces.finish(i, torch.empty_like(x[: cut[i]]), with_more.get(i)) for i in order}
     for i, part in enumerate(dy.split(cut)):
         pieces.start_gradients(i, part)
-    found = {i: pieces.finish_gradients(i) for i in order}
+    dw = pieces.weight_gradients()
+    found = {i: pieces.finish_gradients(i, torch.empty_like(x[: cut[i]]), with_more.get(i)) for i in order}
+    if first_last:
+        for total, part in zip(want, (more[0], more[0], more[1])):
+            total[: cut[0]] += part[:, : cut[0]].sum(0)
     columns = [torch.cat(part) for part in zip(*((y[i], *found[i]) for i in range(len(cut))))]
-    for a, b in zip([*columns, *pieces.weight_gradients()], want):
+    for a, b in zip([*columns, *dw], want):
         close(a, b)
 
 
