@@ -61,15 +61,16 @@ class CallPieces:
         if more is None:
             return dx_MD, dgate_MK
         rows, gates = more()
-        return _plus(dx_MD, rows), _plus(dgate_MK, gates)
+        return (
+            None if dx_MD is None else _plus(dx_MD, rows),
+            None if dgate_MK is None or gates is None else _plus(dgate_MK, gates),
+        )
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         return self.dw[0], self.dw[1]
 
 
-def _plus(own: Tensor | None, parts: Tensor | None) -> Tensor | None:
-    if own is None or parts is None:
-        return own
+def _plus(own: Tensor, parts: Tensor) -> Tensor:
     for part in parts.unbind():
         own = own + part[: len(own)]
     return own
