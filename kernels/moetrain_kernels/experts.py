@@ -33,8 +33,6 @@ def check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows) -> Non
         raise ValueError(f"w_gate_up must be [E, 2, F, D] = {expected}; got {tuple(w_gate_up_E2FD.shape)}")
     if expert_TK.dim() != 2 or expert_TK.shape[0] != x_TD.shape[0] or gate_TK.shape != expert_TK.shape:
         raise ValueError(f"expert and gate must be [T, K]; got {tuple(expert_TK.shape)}, {tuple(gate_TK.shape)}")
-    if expert_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expert must be int32 or int64; got {expert_TK.dtype}")
     if not (x_TD.dtype == w_gate_up_E2FD.dtype == w_down_EDF.dtype) or x_TD.dtype not in DTYPES:
         raise ValueError(f"x and weights must share one of fp32, fp16, bf16; got {x_TD.dtype}, {w_down_EDF.dtype}")
     if x_TD.device.type != "cuda" and not interpreting():
@@ -154,6 +152,8 @@ def moe_experts(
     results always repeat bit for bit.
     """
     check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows)
+    if expert_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert must be int32 or int64; got {expert_TK.dtype}")
     return _Experts.apply(
         x_TD.contiguous(),
         expert_TK.contiguous(),

@@ -55,8 +55,11 @@ class ExpertPieces:
         self.pieces: list[_Piece] = []
         self.rows: tuple[torch.Tensor, torch.Tensor] | None = None  # dh and gate * a, of all pieces
 
-    def start(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor) -> None:
-        """Sort and up-projection of the next piece's rows. Arguments and errors as in moe_experts."""
+    def start(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor, base: int = 0) -> None:
+        """Sort and up-projection of the next piece's rows. Arguments and errors as in moe_experts.
+
+        Experts are counted from `base`, and may be whole numbers of any dtype.
+        """
         w_gate_up, w_down = self.w_gate_up_E2FD, self.w_down_EDF
         check(x_TD, expert_TK, gate_TK, w_gate_up, w_down, None)
         piece = _Piece(aligned(x_TD), gate_TK.contiguous())
@@ -64,7 +67,7 @@ class ExpertPieces:
         if expert_TK.numel() == 0 or w_down.numel() == 0:
             return
         piece.config = choose(piece.x_TD, w_gate_up, w_down, expert_TK.numel())
-        piece.plan = sort_rows(expert_TK, w_down.shape[0], piece.config.block_m)
+        piece.plan = sort_rows(expert_TK, w_down.shape[0], piece.config.block_m, base=base)
         piece.h_R2F, piece.a_RF = up_swiglu(piece.x_TD, piece.plan, w_gate_up, piece.config.up)
         if self.wanted is None:
             piece.h_R2F = None

@@ -60,11 +60,6 @@ class _Job:
         """Not in evaluation, nor in a first pass whose activations will be recomputed."""
         return self.training and (self.kept is None or self.kept.work is not None)
 
-    def slots(self, label_ML: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels -> expert_MK, counted from this rank's first (others' lie outside), and gate_MK. Few launches."""
-        expert_MK, gate_MK = label_ML.chunk(2, dim=1)
-        return (expert_MK - self.first_expert).long(), gate_MK.contiguous()
-
 
 def _in_turn(
     trip: Trip, start: Callable[[int], None], finish: Callable[[int], None], beside: Callable[[], None] | None = None
@@ -99,8 +94,9 @@ class _Exchange(torch.autograd.Function):
         def start(piece: int) -> None:
             x_MD, label_ML = leg.arrive(piece)
             assert label_ML is not None
+            expert_MK, gate_MK = label_ML.chunk(2, dim=1)
             with kept_graph() if job.kept else nullcontext():
-                work.start(x_MD, *job.slots(label_ML))
+                work.start(x_MD, expert_MK, gate_MK, job.first_expert)
 
         def finish(piece: int) -> None:
             more = leg.rest() if piece == 0 else None

@@ -38,8 +38,8 @@ class Pieces(Protocol):
     first. Pieces are numbered as they are started, all forward before the first backward. Each is asked for once.
     """
 
-    def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor) -> None:
-        """The first half of the next piece."""
+    def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int) -> None:
+        """The first half of the next piece. Experts are whole numbers of any dtype, counted from `base`."""
 
     def finish(self, piece: int, out_MD: Tensor | None = None, more: More | None = None) -> Tensor:
         """y_MD, best in `out_MD` if that is given, but it may be another tensor; plus what `more` returns, if given."""

@@ -25,7 +25,8 @@ class CallPieces:
         self.gradients: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self.dw: list[Tensor | None] = [None, None]
 
-    def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor) -> None:
+    def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int) -> None:
+        expert_MK, gate_MK = (expert_MK - base).long(), gate_MK.contiguous()
         if self.wanted is None:
             self.made.append(self.backend(x_MD, expert_MK, gate_MK, *self.weights))
             return

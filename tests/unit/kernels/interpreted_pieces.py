@@ -49,8 +49,9 @@ def test_pieces_equal_the_whole(cut, first_last):
     pieces = ExpertPieces(w_up, w_down, (True,) * 4)
     order = list(range(len(cut)))
     order = order[1:] + order[:1] if first_last else order
-    for part in zip(x.split(cut), expert.split(cut), gate.split(cut)):
-        pieces.start(*part)
+    labels = torch.cat([torch.where(expert < 0, -1, expert + 2), gate], dim=1)  # as they travel
+    for part, label in zip(x.split(cut), labels.split(cut)):
+        pieces.start(part, *label.chunk(2, dim=1), 2)
     more = torch.randn(2, len(x), x.shape[1]), torch.randn(2, len(x), gate.shape[1])
     with_more = {0: lambda: more} if first_last else {}
     y = {i: pieces.finish(i, torch.empty_like(x[: cut[i]]), with_more.get(i)) for i in order}
