@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moetrain.config.pipeline import runs_here
 from moetrain.mesh.layout import Layout, make_layout
 from moetrain.testing.small import SMALL_MODEL
 
@@ -38,6 +39,12 @@ class Case:
         dp = [f"dp{self.layout.dp}"] if self.layout.dp > 1 else []
         degrees = [f"{key.removeprefix('dp_')}{value}" for key, value in self.degrees.items()]
         return " ".join([*dp, *degrees, *(option.removeprefix("parallel.") for option in self.extra)]) or "one process"
+
+    @property
+    def runs_here(self) -> bool:
+        """Not on a torch that is too old for its schedule."""
+        asked = [option.removeprefix("parallel.schedule=") for option in self.extra if "schedule=" in option]
+        return all(map(runs_here, asked))
 
     @property
     def layout(self) -> Layout:
