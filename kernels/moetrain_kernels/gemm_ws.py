@@ -22,7 +22,7 @@ from .ws import (
 
 
 @gluon.jit
-def _locate(tile, num_m, tiles_M3, N_TILES: gl.constexpr, GROUP: gl.constexpr):
+def locate(tile, num_m, tiles_M3, N_TILES: gl.constexpr, GROUP: gl.constexpr):
     """(column tile, expert, first row, end row) of a flat tile number: GROUP row tiles share weight columns in L2."""
     per_group: gl.constexpr = GROUP * N_TILES
     first = tile // per_group * GROUP
@@ -63,7 +63,7 @@ def _produce(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
-        n, expert, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+        n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         if GATHER:
             rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
             token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
@@ -124,7 +124,7 @@ def _consume(
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
-        n, _, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+        n, _, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         row += part * HALF
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)

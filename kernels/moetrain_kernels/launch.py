@@ -43,6 +43,8 @@ class Ring:
     group: int = 8
     gather_left: bool = True
     bk: int = 64
+    fuse: bool = True
+    lead: int = 0
     sms: int = 1
 
     @property
