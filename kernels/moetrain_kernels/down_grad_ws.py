@@ -77,6 +77,7 @@ def _consume(
     up_halves,
     full,
     empty,
+    lead,
     staging,
     view,
     part: gl.constexpr,
@@ -88,6 +89,7 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (F + BN - 1) // BN
     K_TILES: gl.constexpr = D // BK
@@ -97,6 +99,8 @@ def _consume(
     PART: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
     dtype: gl.constexpr = dh_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    if part == 1 and LEAD > 0:
+        mbarrier.wait(lead, 0, pred=gl.program_id(0) < num_m * N_TILES)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
         n, _, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         row += part * HALF
@@ -106,7 +110,22 @@ def _consume(
             gate = gl.load(gate_S + slot, mask=rows < end, other=0.0).to(gl.float32)
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                dy_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, False, True, STAGES
+                dy_halves,
+                w_ring,
+                full,
+                empty,
+                lead,
+                acc,
+                stage,
+                phase,
+                K_TILES,
+                tile == gl.program_id(0),
+                part,
+                False,
+                False,
+                True,
+                STAGES,
+                LEAD,
             )
             dgate = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, PART))
             for i in gl.static_range(PARTS):
@@ -172,6 +191,7 @@ def down_grad_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
     TAIL: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
@@ -183,7 +203,7 @@ def down_grad_ws_kernel(
     _zero_tail(dh_ptr, sizes_2, num_rows, 2 * F, TAIL, P)
     _zero_tail(a_ptr, sizes_2, num_rows, F, TAIL, P)
     num_m = gl.load(sizes_2)
-    full, empty = make_barriers(STAGES, 1 + 128)
+    full, empty, lead = make_barriers(STAGES, 1 + 128)
     dy_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     dy_halves = dy_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], FLAT)
@@ -195,9 +215,9 @@ def down_grad_ws_kernel(
     gl.warp_specialize(
         [
             (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, dy_halves, w_ring, up_halves,
-                        full, empty, staging, view, 0, F, D, BN, BK, BUFS, GROUP, P, STAGES)),
+                        full, empty, lead, staging, view, 0, F, D, BN, BK, BUFS, GROUP, P, STAGES, LEAD)),
             (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, dy_halves, w_ring, up_halves,
-                        full, empty, staging, view, 1, F, D, BN, BK, BUFS, GROUP, P, STAGES)),
+                        full, empty, lead, staging, view, 1, F, D, BN, BK, BUFS, GROUP, P, STAGES, LEAD)),
             (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, dy_ring, w_ring, up_ring, full, empty,
                         F, D, K, BN, BK, GROUP, P, STAGES)),
         ],
@@ -244,6 +264,7 @@ def down_grad_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
         "TAIL": TAIL_ROWS,
         "PRODUCER_REGS": 72,
         "CONSUMER_REGS": 216,

@@ -99,6 +99,7 @@ def _consume(
     w_ring,
     full,
     empty,
+    lead,
     staging,
     view,
     part: gl.constexpr,
@@ -114,6 +115,7 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     K_TILES: gl.constexpr = (C + BK - 1) // BK
@@ -123,6 +125,8 @@ def _consume(
     BASE: gl.constexpr = part * BUFS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    if part == 1 and LEAD > 0:
+        mbarrier.wait(lead, 0, pred=gl.program_id(0) < num_m * N_TILES)
     for tile in range(gl.program_id(0), num_m * N_TILES, P):
         n, _, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         row += part * HALF
@@ -133,15 +137,18 @@ def _consume(
                 w_ring,
                 full,
                 empty,
+                lead,
                 acc,
                 stage,
                 phase,
                 K_TILES,
+                tile == gl.program_id(0),
                 part,
                 False,
                 W_NC,
                 GATHER,
                 STAGES,
+                LEAD,
             )
             if UP:
                 gates, ups = halves(acc, HALF, WIDTH)
@@ -188,6 +195,7 @@ def rows_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -202,7 +210,7 @@ def rows_ws_kernel(
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     num_m = gl.load(sizes_2)
-    full, empty = make_barriers(STAGES, 1 + 128 if GATHER else 1)
+    full, empty, lead = make_barriers(STAGES, 1 + 128 if GATHER else 1)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     a_halves = a_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
     if not W_NC:
@@ -218,10 +226,10 @@ def rows_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 0,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 1,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, lead, staging, view, 0,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, lead, staging, view, 1,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
             (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, a_ring, w_target, full, empty,
                         N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES)),
         ],
@@ -276,6 +284,7 @@ def rows_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
         "PRODUCER_REGS": 72 if gather else 24,
         "CONSUMER_REGS": 216 if gather else 240,
     }

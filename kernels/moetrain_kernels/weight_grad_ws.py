@@ -118,6 +118,7 @@ def _consume(
     right,
     full,
     empty,
+    lead,
     staging,
     view,
     turns,
@@ -132,11 +133,14 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PARTS: gl.constexpr = BN // COLS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, slot = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    if part == 1 and LEAD > 0:
+        mbarrier.wait(lead, 0, pred=turns > 0)
     for turn in range(turns):
         expert, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
         steps = (end - row + BK - 1) // BK
@@ -144,7 +148,22 @@ def _consume(
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                left, right, full, empty, acc, stage, phase, steps, part, True, False, True, STAGES
+                left,
+                right,
+                full,
+                empty,
+                lead,
+                acc,
+                stage,
+                phase,
+                steps,
+                turn == 0,
+                part,
+                True,
+                False,
+                True,
+                STAGES,
+                LEAD,
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
@@ -184,6 +203,7 @@ def weight_grad_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -196,7 +216,7 @@ def weight_grad_ws_kernel(
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    full, empty = make_barriers(STAGES, 1 + 128)
+    full, empty, lead = make_barriers(STAGES, 1 + 128)
     left = gl.allocate_shared_memory(dtype, [STAGES, BK, BM], FLAT)
     left_halves = left._reinterpret(dtype, [2 * STAGES, BK, HALF], FLAT)  # columns lie in slabs of 64
     right = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], FLAT)
@@ -208,10 +228,10 @@ def weight_grad_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, lead, staging, view, turns, 0,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, lead, staging, view, turns, 1,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
             (_produce, (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns,
                         M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES)),
         ],
@@ -252,6 +272,7 @@ def weight_grad_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
         "PRODUCER_REGS": 72 if ring.gather_left else 88,
         "CONSUMER_REGS": 216 if ring.gather_left else 208,
     }

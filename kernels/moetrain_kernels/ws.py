@@ -39,14 +39,19 @@ def stage_before(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
-    """(full, empty): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after 2 arrivals."""
+    """(full, empty, lead): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after 2.
+
+    `lead` completes once consumer 0 is LEAD stages into its first tile; consumer 1 starts then.
+    """
+    lead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(lead, count=1)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=FULL_COUNT)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    return full, empty
+    return full, empty, lead
 
 
 @gluon.jit
@@ -77,15 +82,18 @@ def multiply(
     right,
     full,
     empty,
+    lead,
     acc,
     stage,
     phase,
     steps,
+    first,
     part: gl.constexpr,
     LEFT_T: gl.constexpr,
     RIGHT_T: gl.constexpr,
     GATHER: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     """acc plus `steps` stages of the ring, one product always in flight. Returns acc and the ring's position.
 
@@ -105,9 +113,13 @@ def multiply(
         acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=k > 0)
+        if part == 0 and LEAD > 0:
+            mbarrier.arrive(lead, count=1, pred=first & (k == LEAD))
         stage, phase = next_stage(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=steps > 0)
+    if part == 0 and LEAD > 0:
+        mbarrier.arrive(lead, count=1, pred=first & (steps <= LEAD))
     return acc, stage, phase
 
 
