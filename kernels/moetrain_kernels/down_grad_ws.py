@@ -9,7 +9,21 @@ from .gemm_ws import locate
 from .launch import Launcher, Ring, cdiv
 from .plan import RowPlan
 from .swiglu_grad import TAIL_ROWS
-from .ws import HALF, column_part, make_barriers, multiply, next_stage, pass_over, put_rows, ragged_desc, ring_desc
+from .ws import (
+    HALF,
+    column_part,
+    hear,
+    make_barriers,
+    make_box,
+    multiply,
+    next_stage,
+    pass_over,
+    put_rows,
+    ragged_desc,
+    ring_desc,
+    take,
+    tell,
+)
 
 
 @gluon.jit
@@ -20,6 +34,10 @@ def _produce(
     slot_R,
     tiles_M3,
     num_m,
+    counter,
+    box,
+    told,
+    heard,
     dy_ring,
     w_ring,
     up_ring,
@@ -33,12 +51,16 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (F + BN - 1) // BN
     BM: gl.constexpr = 2 * HALF
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_m * N_TILES, P):
+    tile, round = gl.program_id(0), 0
+    while tile < num_m * N_TILES:
+        tell(box, told, heard, round, tile)
+        following = take(counter, num_m * N_TILES, P) if DYNAMIC else tile + P
         n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
         token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
@@ -61,6 +83,8 @@ def _produce(
             tma.async_copy_global_to_shared(h_desc, [row, F + col], ready, up_ring.index(2 * stage))
             async_copy.mbarrier_arrive(ready, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+        tile, round = following, round + 1
+    tell(box, told, heard, round, tile)
 
 
 @gluon.jit
@@ -72,6 +96,9 @@ def _consume(
     slot_R,
     tiles_M3,
     num_m,
+    box,
+    told,
+    heard,
     dy_halves,
     w_ring,
     up_halves,
@@ -87,7 +114,6 @@ def _consume(
     BK: gl.constexpr,
     BUFS: gl.constexpr,
     GROUP: gl.constexpr,
-    P: gl.constexpr,
     STAGES: gl.constexpr,
     LEAD: gl.constexpr,
 ):
@@ -101,7 +127,9 @@ def _consume(
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     if part == 1 and LEAD > 0:
         mbarrier.wait(lead, 0, pred=gl.program_id(0) < num_m * N_TILES)
-    for tile in range(gl.program_id(0), num_m * N_TILES, P):
+    round = 0
+    tile = hear(box, told, heard, round)
+    while tile < num_m * N_TILES:
         n, _, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         row += part * HALF
         if row < end:
@@ -152,14 +180,16 @@ def _consume(
             gl.store(part_ptr + rows.to(gl.int64) * N_TILES + n, dgate, mask=rows < end)
         else:
             stage, phase = pass_over(full, empty, stage, phase, K_TILES + PARTS, STAGES)
+        round += 1
+        tile = hear(box, told, heard, round)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _zero_tail(ptr, sizes_2, num_rows, WIDTH: gl.constexpr, TAIL: gl.constexpr, P: gl.constexpr):
+def _zero_tail(ptr, sizes_6, num_rows, WIDTH: gl.constexpr, TAIL: gl.constexpr, P: gl.constexpr):
     """Zero the TAIL rows past the last one in use, where they exist: a weight gradient's last block reads them."""
     BLOCK: gl.constexpr = 1024
-    total = gl.load(sizes_2 + 1)
+    total = gl.load(sizes_6 + 1)
     cols = gl.arange(0, BLOCK, layout=gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
     zero = gl.zeros([BLOCK], ptr.dtype.element_ty, gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
     for row in range(total + gl.program_id(0), gl.minimum(total + TAIL, num_rows), P):
@@ -180,7 +210,7 @@ def down_grad_ws_kernel(
     part_ptr,
     slot_R,
     tiles_M3,
-    sizes_2,
+    sizes_6,
     num_rows,
     F: gl.constexpr,
     D: gl.constexpr,
@@ -192,6 +222,8 @@ def down_grad_ws_kernel(
     P: gl.constexpr,
     STAGES: gl.constexpr,
     LEAD: gl.constexpr,
+    COUNTER: gl.constexpr,
+    DYNAMIC: gl.constexpr,
     TAIL: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
@@ -200,9 +232,10 @@ def down_grad_ws_kernel(
     BM: gl.constexpr = 2 * HALF
     dtype: gl.constexpr = dh_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    _zero_tail(dh_ptr, sizes_2, num_rows, 2 * F, TAIL, P)
-    _zero_tail(a_ptr, sizes_2, num_rows, F, TAIL, P)
-    num_m = gl.load(sizes_2)
+    _zero_tail(dh_ptr, sizes_6, num_rows, 2 * F, TAIL, P)
+    _zero_tail(a_ptr, sizes_6, num_rows, F, TAIL, P)
+    num_m = gl.load(sizes_6)
+    box, told, heard = make_box()
     full, empty, lead = make_barriers(STAGES, 1 + 128)
     dy_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     dy_halves = dy_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
@@ -214,12 +247,12 @@ def down_grad_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, dy_halves, w_ring, up_halves,
-                        full, empty, lead, staging, view, 0, F, D, BN, BK, BUFS, GROUP, P, STAGES, LEAD)),
-            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, dy_halves, w_ring, up_halves,
-                        full, empty, lead, staging, view, 1, F, D, BN, BK, BUFS, GROUP, P, STAGES, LEAD)),
-            (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, dy_ring, w_ring, up_ring, full, empty,
-                        F, D, K, BN, BK, GROUP, P, STAGES)),
+            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, up_halves,
+                        full, empty, lead, staging, view, 0, F, D, BN, BK, BUFS, GROUP, STAGES, LEAD)),
+            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, up_halves,
+                        full, empty, lead, staging, view, 1, F, D, BN, BK, BUFS, GROUP, STAGES, LEAD)),
+            (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, dy_ring, w_ring, up_ring, full, empty,
+                        F, D, K, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],
         [4, 4],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -251,7 +284,7 @@ def down_grad_ws(
         part_RP,
         plan.slot_R,
         plan.tiles_M3,
-        plan.sizes_2,
+        plan.sizes_6,
         rows,
     )
     constants = {
@@ -265,6 +298,8 @@ def down_grad_ws(
         "P": p,
         "STAGES": ring.stages,
         "LEAD": ring.lead,
+        "COUNTER": 4,
+        "DYNAMIC": ring.dynamic,
         "TAIL": TAIL_ROWS,
         "PRODUCER_REGS": 72,
         "CONSUMER_REGS": 216,

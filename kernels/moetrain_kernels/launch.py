@@ -45,6 +45,7 @@ class Ring:
     bk: int = 64
     fuse: bool = True
     lead: int = 0
+    dynamic: bool = False
     sms: int = 1
 
     @property
