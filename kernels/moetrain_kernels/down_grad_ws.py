@@ -3,7 +3,7 @@
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from .gemm_ws import locate
 from .launch import Launcher, Ring, cdiv
@@ -18,9 +18,10 @@ from .ws import (
     multiply,
     next_stage,
     pass_over,
-    put_rows,
     ragged_desc,
     ring_desc,
+    stage_before,
+    store_rows,
     take,
     tell,
 )
@@ -101,18 +102,16 @@ def _consume(
     heard,
     dy_halves,
     w_ring,
-    up_halves,
+    w_halves,
+    dy_view,
+    w_view,
     full,
     empty,
-    lead,
-    staging,
-    view,
     part: gl.constexpr,
     F: gl.constexpr,
     D: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
-    BUFS: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     LEAD: gl.constexpr,
@@ -120,13 +119,12 @@ def _consume(
     N_TILES: gl.constexpr = (F + BN - 1) // BN
     K_TILES: gl.constexpr = D // BK
     PARTS: gl.constexpr = BN // BK
-    BASE: gl.constexpr = part * BUFS
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PART: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
     dtype: gl.constexpr = dh_desc.dtype
-    stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    if part == 1 and LEAD > 0:
-        mbarrier.wait(lead, 0, pred=gl.program_id(0) < num_m * N_TILES)
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
+        mbarrier.wait(full.index(STAGES - 1), 0, pred=gl.program_id(0) < num_m * N_TILES)
     round = 0
     tile = hear(box, told, heard, round)
     while tile < num_m * N_TILES:
@@ -142,26 +140,22 @@ def _consume(
                 w_ring,
                 full,
                 empty,
-                lead,
                 acc,
                 stage,
                 phase,
                 K_TILES,
-                tile == gl.program_id(0),
                 part,
                 False,
                 False,
                 True,
                 STAGES,
-                LEAD,
             )
             dgate = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, PART))
-            for i in gl.static_range(PARTS):
+            for i in gl.static_range(PARTS):  # the results take H's place in the ring and leave from there
                 mbarrier.wait(full.index(stage), phase)
-                g = dy_halves.index(2 * stage + part).load(PART).to(gl.float32)
-                u = up_halves.index(4 * stage + part).load(PART).to(gl.float32)
-                mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = next_stage(stage, phase, STAGES)
+                gate_at, up_at = dy_halves.index(2 * stage + part), w_halves.index(4 * stage + part)
+                g = gate_at.load(PART).to(gl.float32)
+                u = up_at.load(PART).to(gl.float32)
                 b = gl.convert_layout(column_part(acc, i, PARTS, HALF, BN), PART)
                 half_tanh = gl.inline_asm_elementwise(
                     "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * g], dtype=gl.float32, is_pure=True, pack=1
@@ -171,18 +165,25 @@ def _consume(
                 act = silu * u
                 dgate += gl.sum(b * act, axis=1)
                 da = b * gate[:, None]
+                gate_at.store((da * u * (s + silu * (1.0 - s))).to(dtype))
+                up_at.store((da * silu).to(dtype))
+                w_halves.index(4 * stage + 2 + part).store((act * gate[:, None]).to(dtype))
+                fence_async_shared()
                 col = n * BN + i * BK
-                dg = da * u * (s + silu * (1.0 - s))
-                turn = put_rows(dh_desc, dg.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
-                turn = put_rows(dh_desc, (da * silu).to(dtype), staging, view, BASE, turn, row, end, 1, col, BUFS)
-                a = act * gate[:, None]
-                turn = put_rows(a_desc, a.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
+                store_rows(a_desc, w_view.index(4 * stage + 2 + part), row, end, 0, col)
+                store_rows(dh_desc, dy_view.index(2 * stage + part), row, end, 0, col)
+                store_rows(dh_desc, w_view.index(4 * stage + part), row, end, 1, col)
+                if i > 0:
+                    tma.store_wait(3)  # this part's stores may still read
+                    mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1)
+                stage, phase = next_stage(stage, phase, STAGES)
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1)
             gl.store(part_ptr + rows.to(gl.int64) * N_TILES + n, dgate, mask=rows < end)
         else:
             stage, phase = pass_over(full, empty, stage, phase, K_TILES + PARTS, STAGES)
         round += 1
         tile = hear(box, told, heard, round)
-    tma.store_wait(0)
 
 
 @gluon.jit
@@ -217,7 +218,6 @@ def down_grad_ws_kernel(
     K: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
-    BUFS: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
@@ -236,21 +236,21 @@ def down_grad_ws_kernel(
     _zero_tail(a_ptr, sizes_6, num_rows, F, TAIL, P)
     num_m = gl.load(sizes_6)
     box, told, heard = make_box()
-    full, empty, lead = make_barriers(STAGES, 1 + 128)
+    full, empty = make_barriers(STAGES, 1 + 128)
     dy_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     dy_halves = dy_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], FLAT)
     up_ring = w_ring._reinterpret(dtype, [2 * STAGES, BM, BK], FLAT)  # half of a weight stage
-    up_halves = w_ring._reinterpret(dtype, [4 * STAGES, HALF, BK], FLAT)
-    staging = gl.allocate_shared_memory(dtype, [2 * BUFS, HALF, BK], FLAT)
-    view = staging._reinterpret(dtype, [2 * BUFS, 1, 1, HALF, 1, BK], dh_desc.layout)
+    w_halves = w_ring._reinterpret(dtype, [4 * STAGES, HALF, BK], FLAT)
+    dy_view = dy_ring._reinterpret(dtype, [2 * STAGES, 1, 1, HALF, 1, BK], dh_desc.layout)
+    w_view = w_ring._reinterpret(dtype, [4 * STAGES, 1, 1, HALF, 1, BK], dh_desc.layout)
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, up_halves,
-                        full, empty, lead, staging, view, 0, F, D, BN, BK, BUFS, GROUP, STAGES, LEAD)),
-            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, up_halves,
-                        full, empty, lead, staging, view, 1, F, D, BN, BK, BUFS, GROUP, STAGES, LEAD)),
+            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, w_halves,
+                        dy_view, w_view, full, empty, 0, F, D, BN, BK, GROUP, STAGES, LEAD)),
+            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, w_halves,
+                        dy_view, w_view, full, empty, 1, F, D, BN, BK, GROUP, STAGES, LEAD)),
             (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, dy_ring, w_ring, up_ring, full, empty,
                         F, D, K, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],
@@ -293,7 +293,6 @@ def down_grad_ws(
         "K": plan.top_k,
         "BN": ring.bn,
         "BK": ring.bk,
-        "BUFS": ring.bufs,
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,

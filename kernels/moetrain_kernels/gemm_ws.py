@@ -116,7 +116,6 @@ def _consume(
     w_ring,
     full,
     empty,
-    lead,
     staging,
     view,
     part: gl.constexpr,
@@ -141,8 +140,8 @@ def _consume(
     BASE: gl.constexpr = part * BUFS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    if part == 1 and LEAD > 0:
-        mbarrier.wait(lead, 0, pred=gl.program_id(0) < num_m * N_TILES)
+    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
+        mbarrier.wait(full.index(STAGES - 1), 0, pred=gl.program_id(0) < num_m * N_TILES)
     round = 0
     tile = hear(box, told, heard, round)
     while tile < num_m * N_TILES:
@@ -155,18 +154,15 @@ def _consume(
                 w_ring,
                 full,
                 empty,
-                lead,
                 acc,
                 stage,
                 phase,
                 K_TILES,
-                tile == gl.program_id(0),
                 part,
                 False,
                 W_NC,
                 GATHER,
                 STAGES,
-                LEAD,
             )
             if UP:
                 gates, ups = halves(acc, HALF, WIDTH)
@@ -233,7 +229,7 @@ def rows_ws_kernel(
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     num_m = gl.load(sizes_6)
     box, told, heard = make_box()
-    full, empty, lead = make_barriers(STAGES, 1 + 128 if GATHER else 1)
+    full, empty = make_barriers(STAGES, 1 + 128 if GATHER else 1)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     a_halves = a_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
     if not W_NC:
@@ -249,9 +245,9 @@ def rows_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, lead, staging, view, 0,
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, staging, view, 0,
                         N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, STAGES, LEAD)),
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, lead, staging, view, 1,
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, staging, view, 1,
                         N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, STAGES, LEAD)),
             (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, a_ring, w_target, full, empty,
                         N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, DYNAMIC)),

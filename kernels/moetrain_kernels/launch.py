@@ -44,7 +44,7 @@ class Ring:
     gather_left: bool = True
     bk: int = 64
     fuse: bool = True
-    lead: int = 0
+    lead: bool = False
     dynamic: bool = False
     sms: int = 1
 

@@ -118,7 +118,6 @@ def _consume(
     right,
     full,
     empty,
-    lead,
     staging,
     view,
     turns,
@@ -139,12 +138,12 @@ def _consume(
     PARTS: gl.constexpr = BN // COLS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, slot = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    if part == 1 and LEAD > 0:
-        mbarrier.wait(lead, 0, pred=turns > 0)
     for turn in range(turns):
         expert, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
         steps = (end - row + BK - 1) // BK
         out_row = (2 * m + part) * HALF
+        if part == 1 and LEAD:  # out of step with consumer 0 from the start
+            mbarrier.wait(full.index(STAGES - 1), 0, pred=(turn == 0) & (steps >= STAGES))
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
@@ -152,18 +151,15 @@ def _consume(
                 right,
                 full,
                 empty,
-                lead,
                 acc,
                 stage,
                 phase,
                 steps,
-                turn == 0,
                 part,
                 True,
                 False,
                 True,
                 STAGES,
-                LEAD,
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
@@ -216,7 +212,7 @@ def weight_grad_ws_kernel(
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    full, empty, lead = make_barriers(STAGES, 1 + 128)
+    full, empty = make_barriers(STAGES, 1 + 128)
     left = gl.allocate_shared_memory(dtype, [STAGES, BK, BM], FLAT)
     left_halves = left._reinterpret(dtype, [2 * STAGES, BK, HALF], FLAT)  # columns lie in slabs of 64
     right = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], FLAT)
@@ -228,9 +224,9 @@ def weight_grad_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, lead, staging, view, turns, 0,
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0,
                         M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
-            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, lead, staging, view, turns, 1,
+            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1,
                         M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
             (_produce, (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns,
                         M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES)),

@@ -39,19 +39,14 @@ def stage_before(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
-    """(full, empty, lead): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after 2.
-
-    `lead` completes once consumer 0 is LEAD stages into its first tile; consumer 1 starts then.
-    """
-    lead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(lead, count=1)
+    """(full, empty): `full` completes after FULL_COUNT arrivals and the announced bytes, `empty` after 2 arrivals."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=FULL_COUNT)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    return full, empty, lead
+    return full, empty
 
 
 @gluon.jit
@@ -128,18 +123,15 @@ def multiply(
     right,
     full,
     empty,
-    lead,
     acc,
     stage,
     phase,
     steps,
-    first,
     part: gl.constexpr,
     LEFT_T: gl.constexpr,
     RIGHT_T: gl.constexpr,
     GATHER: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
 ):
     """acc plus `steps` stages of the ring, one product always in flight. Returns acc and the ring's position.
 
@@ -159,13 +151,9 @@ def multiply(
         acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=k > 0)
-        if part == 0 and LEAD > 0:
-            mbarrier.arrive(lead, count=1, pred=first & (k == LEAD))
         stage, phase = next_stage(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=steps > 0)
-    if part == 0 and LEAD > 0:
-        mbarrier.arrive(lead, count=1, pred=first & (steps <= LEAD))
     return acc, stage, phase
 
 
@@ -180,17 +168,22 @@ def pass_over(full, empty, stage, phase, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
-    """Store a block at [row, half, col] of a [rows, halves, columns] tensor, only rows below `end`, by TMA.
+def store_rows(desc, source, row, end, half, col):
+    """Start a store from shared memory to [row, half, col] of a [rows, halves, columns] tensor, only rows below `end`.
 
     `desc` has two more dimensions in front, of stride 2^34 - s and s for rows of s bytes: since addresses wrap at 2^64,
     the row coordinate can be shifted so that `end` falls on the row dimension's bound, 2^30, where TMA stops.
-    The consumer's staging buffers take turns; returns the next turn.
     """
+    tma.async_copy_shared_to_global(desc, [RAGGED, end, RAGGED - (end - row), half, col], source)
+
+
+@gluon.jit
+def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
+    """store_rows of a block of registers. The consumer's staging buffers take turns; returns the next turn."""
     tma.store_wait(BUFS - 1)
     staging.index(base + turn).store(value)
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [RAGGED, end, RAGGED - (end - row), half, col], view.index(base + turn))
+    store_rows(desc, view.index(base + turn), row, end, half, col)
     return next_turn(turn, BUFS)
 
 
