@@ -132,6 +132,7 @@ def _consume(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PARTS: gl.constexpr = BN // COLS
@@ -141,10 +142,24 @@ def _consume(
         expert, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
         steps = (end - row + BK - 1) // BK
         out_row = (2 * m + part) * HALF
+        if part == 1 and LEAD:  # out of step with consumer 0 from the start
+            mbarrier.wait(full.index(STAGES - 1), 0, pred=(turn == 0) & (steps >= STAGES))
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                left, right, full, empty, acc, stage, phase, steps, part, True, False, True, STAGES
+                left,
+                right,
+                full,
+                empty,
+                acc,
+                stage,
+                phase,
+                steps,
+                part,
+                True,
+                False,
+                True,
+                STAGES,
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
@@ -184,6 +199,7 @@ def weight_grad_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -209,9 +225,9 @@ def weight_grad_ws_kernel(
     gl.warp_specialize(
         [
             (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
             (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES, LEAD)),
             (_produce, (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns,
                         M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES)),
         ],
@@ -252,6 +268,7 @@ def weight_grad_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
         "PRODUCER_REGS": 72 if ring.gather_left else 88,
         "CONSUMER_REGS": 216 if ring.gather_left else 208,
     }
