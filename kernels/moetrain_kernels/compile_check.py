@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from . import (
     combine,
     configs,
+    down_grad_ws,
     experts,
     gemm,
     gemm_ws,
@@ -36,7 +37,7 @@ from . import (
 )
 
 KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans, router)
-RING_MODULES = (gemm_ws, weight_grad_ws)
+RING_MODULES = (gemm_ws, down_grad_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 

@@ -12,11 +12,11 @@ import torch
 
 from .combine import combine
 from .configs import Config, choose
+from .down_grad import down_grad
 from .gemm import grouped_gemm
 from .launch import interpreting
 from .plan import RowPlan, sort_rows
 from .spans import one_piece
-from .swiglu_grad import swiglu_grad
 from .up import up_swiglu
 from .weight_grad import weight_grad
 
@@ -77,12 +77,11 @@ def backward(
     w_gate_up_E2FD, w_down_EDF = weights
     num_experts, _, num_f, num_d = w_gate_up_E2FD.shape
     dx_TD = dgate_TK = dw_gate_up_E2FD = dw_down_EDF = None
-    b_RF = grouped_gemm(dy_TD, plan, w_down_EDF, config.down_grad, transposed=True, gather=True)
-    dh_R2F, a_RF, part_RP = swiglu_grad(b_RF, gate_TK, plan, h_R2F)
+    dh_R2F, a_RF, part_RP = down_grad(dy_TD, gate_TK, plan, w_down_EDF, h_R2F, config.down_grad)
     rows = one_piece(plan)
     if need[2]:
         dw_down_EDF = weight_grad(dy_TD, a_RF, rows, torch.empty_like(w_down_EDF), False, config.dw_down)
-    del a_RF, b_RF
+    del a_RF
     if need[1]:
         dw_gate_up_E2FD = torch.empty_like(w_gate_up_E2FD)
         weight_grad(x_TD, dh_R2F, rows, dw_gate_up_E2FD.view(num_experts, 2 * num_f, num_d), True, config.dw_up)

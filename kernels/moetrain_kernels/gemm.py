@@ -22,7 +22,7 @@ def grouped_gemm_kernel(
     out_ptr,
     slot_R,
     tiles_M3,
-    sizes_2,
+    sizes_6,
     num_rows,
     num_w_rows,
     N: tl.constexpr,
@@ -48,7 +48,7 @@ def grouped_gemm_kernel(
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     K_TILES: tl.constexpr = (C + BK - 1) // BK
     COLS: tl.constexpr = BN // SPLIT
-    num_m = tl.load(sizes_2)
+    num_m = tl.load(sizes_6)
     pid = tl.program_id(0)
     tile = pid - P
     k = K_TILES - 1
@@ -115,7 +115,7 @@ def grouped_gemm(
         out_RN,
         plan.slot_R,
         plan.tiles_M3,
-        plan.sizes_2,
+        plan.sizes_6,
         a.shape[0],
         w_rows.shape[0],
     )

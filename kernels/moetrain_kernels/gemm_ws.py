@@ -11,18 +11,22 @@ from .ws import (
     HALF,
     column_part,
     halves,
+    hear,
     make_barriers,
+    make_box,
     multiply,
     next_stage,
     pass_over,
     put_rows,
     ragged_desc,
     ring_desc,
+    take,
+    tell,
 )
 
 
 @gluon.jit
-def _locate(tile, num_m, tiles_M3, N_TILES: gl.constexpr, GROUP: gl.constexpr):
+def locate(tile, num_m, tiles_M3, N_TILES: gl.constexpr, GROUP: gl.constexpr):
     """(column tile, expert, first row, end row) of a flat tile number: GROUP row tiles share weight columns in L2."""
     per_group: gl.constexpr = GROUP * N_TILES
     first = tile // per_group * GROUP
@@ -40,6 +44,10 @@ def _produce(
     slot_R,
     tiles_M3,
     num_m,
+    counter,
+    box,
+    told,
+    heard,
     a_ring,
     w_ring,
     full,
@@ -55,6 +63,7 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     BM: gl.constexpr = 2 * HALF
@@ -62,8 +71,11 @@ def _produce(
     BYTES: gl.constexpr = WIDTH * BK * 2 if GATHER else (WIDTH + BM) * BK * 2
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_m * N_TILES, P):
-        n, expert, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+    tile, round = gl.program_id(0), 0
+    while tile < num_m * N_TILES:
+        tell(box, told, heard, round, tile)
+        following = take(counter, num_m * N_TILES, P) if DYNAMIC else tile + P
+        n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         if GATHER:
             rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
             token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
@@ -87,6 +99,8 @@ def _produce(
             else:
                 tma.async_copy_global_to_shared(a_desc, [row, k * BK], ready, a_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
+        tile, round = following, round + 1
+    tell(box, told, heard, round, tile)
 
 
 @gluon.jit
@@ -95,6 +109,9 @@ def _consume(
     act_desc,
     tiles_M3,
     num_m,
+    box,
+    told,
+    heard,
     a_halves,
     w_ring,
     full,
@@ -112,8 +129,8 @@ def _consume(
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
     GROUP: gl.constexpr,
-    P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     K_TILES: gl.constexpr = (C + BK - 1) // BK
@@ -123,8 +140,12 @@ def _consume(
     BASE: gl.constexpr = part * BUFS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_m * N_TILES, P):
-        n, _, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
+        mbarrier.wait(full.index(STAGES - 1), 0, pred=gl.program_id(0) < num_m * N_TILES)
+    round = 0
+    tile = hear(box, told, heard, round)
+    while tile < num_m * N_TILES:
+        n, _, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         row += part * HALF
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)
@@ -162,6 +183,8 @@ def _consume(
                     turn = put_rows(out_desc, out, staging, view, BASE, turn, row, end, 0, n * BN + i * COLS, BUFS)
         else:
             stage, phase = pass_over(full, empty, stage, phase, K_TILES, STAGES)
+        round += 1
+        tile = hear(box, told, heard, round)
     tma.store_wait(0)
 
 
@@ -174,7 +197,7 @@ def rows_ws_kernel(
     act_desc,
     slot_R,
     tiles_M3,
-    sizes_2,
+    sizes_6,
     N: gl.constexpr,
     C: gl.constexpr,
     K: gl.constexpr,
@@ -188,6 +211,9 @@ def rows_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
+    COUNTER: gl.constexpr,
+    DYNAMIC: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -201,7 +227,8 @@ def rows_ws_kernel(
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    num_m = gl.load(sizes_2)
+    num_m = gl.load(sizes_6)
+    box, told, heard = make_box()
     full, empty = make_barriers(STAGES, 1 + 128 if GATHER else 1)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     a_halves = a_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
@@ -218,12 +245,12 @@ def rows_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 0,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 1,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, a_ring, w_target, full, empty,
-                        N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES)),
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, staging, view, 0,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, STAGES, LEAD)),
+            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, staging, view, 1,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, STAGES, LEAD)),
+            (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, a_ring, w_target, full, empty,
+                        N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],
         [4, 4 if GATHER else 1],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -260,7 +287,7 @@ def rows_ws(
         out_descs[-1],
         plan.slot_R,
         plan.tiles_M3,
-        plan.sizes_2,
+        plan.sizes_6,
     )
     constants = {
         "N": num_n,
@@ -276,6 +303,9 @@ def rows_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
+        "COUNTER": 2 if up else 5 if transposed else 3,
+        "DYNAMIC": ring.dynamic,
         "PRODUCER_REGS": 72 if gather else 24,
         "CONSUMER_REGS": 216 if gather else 240,
     }

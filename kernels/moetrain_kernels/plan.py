@@ -27,14 +27,14 @@ class RowPlan:
     row_TK [T, K]            slot -> row, -1 if the slot has none
     tiles_M3 [max_tiles, 3]  (expert, first row, end row of the expert) of each row tile
     spans_E3 [E, 3]          (expert, first row, end row), experts with most rows first
-    sizes_2 [2]              (row tiles, rows) in use
+    sizes_6 [6]              (row tiles, rows) in use, then the tile counters of four kernels (see ws.take)
     """
 
     slot_R: torch.Tensor
     row_TK: torch.Tensor
     tiles_M3: torch.Tensor
     spans_E3: torch.Tensor
-    sizes_2: torch.Tensor
+    sizes_6: torch.Tensor
     block_m: int
 
     @property
@@ -130,7 +130,7 @@ def _scatter_block(
 
 @triton.jit
 def _write_spans(
-    total_E, count, ids, spans_E3, sizes_2, first, max_rows, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
+    total_E, count, ids, spans_E3, sizes_6, first, max_rows, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
 ):
     e = first + tl.arange(0, TABLE)
     mine = tl.load(total_E + e, mask=e < E, other=0)
@@ -144,8 +144,9 @@ def _write_spans(
     if first == 0:
         row_end = tl.minimum(tl.cumsum(count, axis=0), max_rows)
         rows = row_end - tl.minimum(tl.cumsum(count, axis=0) - count, max_rows)
-        tl.store(sizes_2, tl.sum((rows + BLOCK_M - 1) // BLOCK_M))
-        tl.store(sizes_2 + 1, tl.sum(rows))
+        tl.store(sizes_6, tl.sum((rows + BLOCK_M - 1) // BLOCK_M))
+        tl.store(sizes_6 + 1, tl.sum(rows))
+        tl.store(sizes_6 + 2 + tl.arange(0, 4), tl.zeros((4,), tl.int32))
 
 
 @triton.jit
@@ -176,7 +177,7 @@ def scatter_kernel(
     row_S,
     tiles_M3,
     spans_E3,
-    sizes_2,
+    sizes_6,
     num_slots,
     num_blocks,
     max_rows,
@@ -215,7 +216,7 @@ def scatter_kernel(
         )
     elif pid < num_blocks + span_programs:
         first = (pid - num_blocks) * TABLE
-        _write_spans(total_E, count, ids, spans_E3, sizes_2, first, max_rows, E, BLOCK_M, TABLE)
+        _write_spans(total_E, count, ids, spans_E3, sizes_6, first, max_rows, E, BLOCK_M, TABLE)
     else:
         first_tile = (pid - num_blocks - span_programs) * TABLE
         _write_tiles(count, ids, tiles_M3, first_tile, max_rows, max_tiles, E, BLOCK_M, TABLE)
@@ -241,7 +242,7 @@ def sort_rows(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=expert_TK.device)
 
-    plan = RowPlan(empty(rows), empty(*expert_TK.shape), empty(max_tiles, 3), empty(num_experts, 3), empty(2), block_m)
+    plan = RowPlan(empty(rows), empty(*expert_TK.shape), empty(max_tiles, 3), empty(num_experts, 3), empty(6), block_m)
     if num_slots == 0:
         return plan
     counts_EB, total_E = empty(num_experts, num_blocks), empty(num_experts)
@@ -259,7 +260,7 @@ def sort_rows(
     args = (counts_EB, total_E, num_blocks)
     launch_prefix((num_experts, 1, 1), args, {"BLOCK": min(2048, power_of_2(num_blocks))}, num_warps=4)
     programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
-    outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_2)
+    outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_6)
     launch_scatter(
         (programs, 1, 1),
         (expert_TK, counts_EB, total_E, *outputs, num_slots, num_blocks, rows, max_tiles, base),

@@ -157,6 +157,7 @@ def _consume(
     P: gl.constexpr,
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PARTS: gl.constexpr = BN // COLS
@@ -169,10 +170,24 @@ def _consume(
             row, end = _span(span, piece)
             steps += (end - row + BK - 1) // BK
         out_row = (2 * m + part) * HALF
+        if part == 1 and LEAD:  # out of step with consumer 0 from the start
+            mbarrier.wait(full.index(STAGES - 1), 0, pred=(turn == 0) & (steps >= STAGES))
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                left, right, full, empty, acc, stage, phase, steps, part, True, False, True, STAGES
+                left,
+                right,
+                full,
+                empty,
+                acc,
+                stage,
+                phase,
+                steps,
+                part,
+                True,
+                False,
+                True,
+                STAGES,
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
@@ -214,6 +229,7 @@ def weight_grad_ws_kernel(
     P: gl.constexpr,
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -239,9 +255,9 @@ def weight_grad_ws_kernel(
     gl.warp_specialize(
         [
             (_consume, (out_desc, spans_E, left_halves, right, full, empty, staging, view, turns, 0,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES)),
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES, LEAD)),
             (_consume, (out_desc, spans_E, left_halves, right, full, empty, staging, view, turns, 1,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES)),
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES, LEAD)),
             (_produce, (x_ptr, r_desc, slot_R, spans_E, bases_P4, left, right, full, empty, turns,
                         M, N, K, GATHER_LEFT, BN, BK, GROUP, P, PIECES, STAGES)),
         ],
@@ -284,6 +300,7 @@ def weight_grad_ws(
         "P": p,
         "PIECES": rows.pieces,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
         "PRODUCER_REGS": 72 if ring.gather_left else 88,
         "CONSUMER_REGS": 216 if ring.gather_left else 208,
     }

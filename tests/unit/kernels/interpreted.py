@@ -64,19 +64,19 @@ def test_sort_rows(data):
     expert = torch.tensor(ids).view(num_t, top_k)
     got, want = plans(expert, num_e)
     rows = want.slot_R.numel()
-    assert got.sizes_2[1] == rows
+    assert got.sizes_6[1] == rows
     assert torch.equal(got.slot_R[:rows].long(), want.slot_R)
     assert torch.equal(got.row_TK.long(), want.row_TK)
     by_count = sorted(want.spans(), key=lambda span: (span[1] - span[2], span[0]))
     assert [tuple(span) for span in got.spans_E3.tolist()] == by_count
     tiles = [(e, row, end) for e, start, end in want.spans() for row in range(start, end, got.block_m)]
-    assert [tuple(tile) for tile in got.tiles_M3[: int(got.sizes_2[0])].tolist()] == tiles
+    assert [tuple(tile) for tile in got.tiles_M3[: int(got.sizes_6[0])].tolist()] == tiles
 
 
 def test_rows_past_the_bound_are_dropped_in_bounds():
     expert = torch.randint(0, 3, (20, 2))
     got = plan.sort_rows(expert, 3, 16, max_rows=13)
-    assert got.sizes_2[1] == 13
+    assert got.sizes_6[1] == 13
     assert int((got.row_TK >= 0).sum()) == 13
     assert got.spans_E3[:, 1:].max() <= 13
 
