@@ -13,11 +13,11 @@ import torch
 
 from .combine import combine
 from .configs import Config, choose
+from .down_grad import down_grad
 from .experts import aligned, check
 from .gemm import grouped_gemm
 from .plan import RowPlan, sort_rows
 from .spans import several_pieces
-from .swiglu_grad import swiglu_grad
 from .up import up_swiglu
 from .weight_grad import weight_grad
 
@@ -89,12 +89,12 @@ class ExpertPieces:
         piece = self.pieces[number]
         if piece.plan is None:
             return
-        dh_R2F, b_RF = self._rows_of(number)
+        rows = self._rows_of(number)
         piece.dy_TD = aligned(dy_TD)
-        down_grad = piece.config.down_grad
-        grouped_gemm(piece.dy_TD, piece.plan, self.w_down_EDF, down_grad, transposed=True, gather=True, out_RN=b_RF)
-        _, _, piece.part_RP = swiglu_grad(b_RF, piece.gate_TK, piece.plan, piece.h_R2F, dh_R2F)
-        piece.h_R2F, piece.dh_R2F = None, dh_R2F
+        _, _, piece.part_RP = down_grad(
+            piece.dy_TD, piece.gate_TK, piece.plan, self.w_down_EDF, piece.h_R2F, piece.config.down_grad, rows
+        )
+        piece.h_R2F, piece.dh_R2F = None, rows[0]
 
     def finish_gradients(
         self, number: int, out_TD: torch.Tensor | None = None, more: More | None = None
