@@ -150,7 +150,7 @@ class _Leg:
         self.trip, self.dispatch, self.memory = trip, trip.dispatch, trip.dispatch.memory
         self.dispatch.leg += 1
         self.number = self.dispatch.leg
-        self.row_TD, self.label_TL = row_TD, label_TL
+        self.row_TD, self.label_TL = row_TD.contiguous(), None if label_TL is None else label_TL.contiguous()
         self.own: tuple[Tensor, Tensor | None] | None = None
         shape, ranks = self.dispatch.shape, self.memory.size
         most = shape.tokens
@@ -159,11 +159,10 @@ class _Leg:
         self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
         self.home_RTK: Tensor | None = None
         self.mine = self.dispatch.segments(self.memory.rank, trip.parts)
-        here = self.memory.mark()
-        with self.memory.beside():
-            self.memory.after(here)  # the rows are there; the landing places are free, their former users done
-            self._stage()
-            self.arrived = self._fetch()
+        # From here the rows are there, and the landing places are free: their former users are done.
+        self.memory.after(self.memory.mark(), beside=True)
+        self._stage()
+        self.arrived = self._fetch()
         self.returned: Any = None
 
     def _stage(self) -> None:
@@ -172,11 +171,11 @@ class _Leg:
         for name, source, empty in (("out_rows", self.row_TD, 0), ("out_labels", self.label_TL, -1)):
             if source is not None:
                 target = self.dispatch.buffer(rank, name)
-                target[:tokens].copy_(source)
+                self.memory.copy(target[:tokens], source)
                 if tokens < len(target):
-                    target[tokens:].fill_(empty)
+                    self.memory.fill(target[tokens:], empty)
         for peer in self.dispatch.peers:
-            self.memory.post(peer, self.dispatch.out_flag(rank), self.number)
+            self.memory.post(peer, self.dispatch.out_flag(rank), self.number, beside=True)
 
     def _fetch(self) -> list[Any]:
         """Peers' rows, part by part."""
@@ -187,11 +186,11 @@ class _Leg:
                 landing = slice(position, position + seg.stop - seg.start)
                 if self.label_ML is not None:
                     labels = self.dispatch.buffer(seg.source, "out_labels")
-                    self.label_ML[landing].copy_(labels[seg.start : seg.stop], non_blocking=True)
+                    self.memory.copy(self.label_ML[landing], labels[seg.start : seg.stop])
                 rows = self.dispatch.buffer(seg.source, "out_rows")
-                self.row_MD[landing].copy_(rows[seg.start : seg.stop], non_blocking=True)
+                self.memory.copy(self.row_MD[landing], rows[seg.start : seg.stop])
                 position = landing.stop
-            arrived.append(self.memory.mark())
+            arrived.append(self.memory.mark(beside=True))
         return arrived
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
@@ -235,21 +234,19 @@ class _Leg:
         if gate_MK is not None:
             shape = (len(self.dispatch.peers), self.dispatch.shape.tokens, gate_MK.shape[1])
             self.home_RTK = gate_MK.new_empty(shape)
-        here, rank = self.memory.mark(), self.memory.rank
-        with self.memory.beside():
-            self.memory.after(here)
-            for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
-                for seg in self.dispatch.segments(peer, self.trip.parts):
-                    if seg.source != rank:
-                        continue
-                    self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
-                    place = slice(seg.start, seg.stop)
-                    rows = self.dispatch.buffer(peer, "home_rows")[rank, place]
-                    self.home_RTD[index, place].copy_(rows, non_blocking=True)
-                    if self.home_RTK is not None:
-                        gates = self.dispatch.buffer(peer, "home_gates")[rank, place]
-                        self.home_RTK[index, place].copy_(gates, non_blocking=True)
-            return self.memory.mark()
+        rank = self.memory.rank
+        self.memory.after(self.memory.mark(), beside=True)
+        for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
+            for seg in self.dispatch.segments(peer, self.trip.parts):
+                if seg.source != rank:
+                    continue
+                self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
+                place = slice(seg.start, seg.stop)
+                self.memory.copy(self.home_RTD[index, place], self.dispatch.buffer(peer, "home_rows")[rank, place])
+                if self.home_RTK is not None:
+                    gates = self.dispatch.buffer(peer, "home_gates")[rank, place]
+                    self.memory.copy(self.home_RTK[index, place], gates)
+        return self.memory.mark(beside=True)
 
     def rest(self) -> Callable[[], tuple[Tensor, Tensor | None]]:
         def came_home() -> tuple[Tensor, Tensor | None]:
