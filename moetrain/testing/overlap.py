@@ -221,7 +221,8 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
     weights = p.block(rank, ranks)
     limit = compute_only(p, weights, shape)
     want = one_process(p, limit.backend, rank, ranks)
-    head, rows = f"| {shape.name} EP={ranks} {kind}", []
+    head = f"| {shape.name} EP={ranks} {kind}"
+    rows: list[str] = []
     some = ExchangeShape(shape.T, shape.D, shape.K, torch.bfloat16, "cuda")
     for label in transports:
         module, counts = TRANSPORTS[label]
