@@ -55,6 +55,53 @@ def _load_slots(slot_R, row, end, lane_row):
 
 
 @gluon.jit
+def _copy(
+    x_ptr,
+    r_desc,
+    slot_R,
+    left,
+    right,
+    full,
+    empty,
+    slot,
+    lane_row,
+    cols,
+    row,
+    end,
+    r_col,
+    stage,
+    phase,
+    X: gl.constexpr,
+    K: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    BYTES: gl.constexpr,
+    BK: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fill a stage, if there are rows, and load the slots of AHEAD steps later into the registers of this one's."""
+    if row < end:
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        ready = full.index(stage)
+        mbarrier.expect(ready, BYTES)
+        mask = (row + lane_row < end)[:, None]
+        if X % WIDTH != 0:
+            mask = mask & (cols < X)[None, :]
+        at = x_ptr + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
+        if GATHER_LEFT:
+            tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, right.index(stage))
+            async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
+        else:
+            tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, left.index(stage))
+            async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
+        async_copy.mbarrier_arrive(ready, increment_count=False)
+        stage, phase = next_stage(stage, phase, STAGES)
+        slot = _load_slots(slot_R, row + AHEAD * BK, end, lane_row)
+    return slot, stage, phase
+
+
+@gluon.jit
 def _produce(
     x_ptr,
     r_desc,
@@ -88,26 +135,23 @@ def _produce(
         x_col = m * (2 * HALF) if GATHER_LEFT else n * BN
         r_col = n * BN if GATHER_LEFT else m * (2 * HALF)
         cols = x_col + lane_col
-        slot = _load_slots(slot_R, row, end, lane_row)  # two steps ahead of the copies that need them
-        slot_after = _load_slots(slot_R, row + BK, end, lane_row)
-        for _ in range((end - row + BK - 1) // BK):
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, BYTES)
-            mask = (row + lane_row < end)[:, None]
-            if X % WIDTH != 0:
-                mask = mask & (cols < X)[None, :]
-            at = x_ptr + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
-            if GATHER_LEFT:
-                tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, right.index(stage))
-                async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
-            else:
-                tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, left.index(stage))
-                async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
-            async_copy.mbarrier_arrive(ready, increment_count=False)
-            row += BK
-            slot, slot_after = slot_after, _load_slots(slot_R, row + BK, end, lane_row)
-            stage, phase = next_stage(stage, phase, STAGES)
+        # Three sets of registers in turn: handing slots from one to the other would wait for their loads every step.
+        slot0 = _load_slots(slot_R, row, end, lane_row)
+        slot1 = _load_slots(slot_R, row + BK, end, lane_row)
+        slot2 = _load_slots(slot_R, row + 2 * BK, end, lane_row)
+        for _ in range((end - row + 3 * BK - 1) // (3 * BK)):
+            # fmt: off
+            slot0, stage, phase = _copy(
+                x_ptr, r_desc, slot_R, left, right, full, empty, slot0, lane_row, cols, row, end, r_col, stage, phase,
+                X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+            slot1, stage, phase = _copy(
+                x_ptr, r_desc, slot_R, left, right, full, empty, slot1, lane_row, cols, row + BK, end, r_col, stage, phase,
+                X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+            slot2, stage, phase = _copy(
+                x_ptr, r_desc, slot_R, left, right, full, empty, slot2, lane_row, cols, row + 2 * BK, end, r_col, stage, phase,
+                X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+            # fmt: on
+            row += 3 * BK
 
 
 @gluon.jit
