@@ -262,12 +262,18 @@ launch_down_grad = Launcher(down_grad_ws_kernel)
 
 
 def down_grad_ws(
-    dy_TD: torch.Tensor, gate_TK: torch.Tensor, plan: RowPlan, w_down_EDF: torch.Tensor, h_R2F: torch.Tensor, ring: Ring
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`dh_R2F`, `gate * a_RF`, `part_RP` (fp32) with sum dgate. D must be a multiple of 64, BN // BK is 4."""
+    dy_TD: torch.Tensor,
+    gate_TK: torch.Tensor,
+    plan: RowPlan,
+    w_down_EDF: torch.Tensor,
+    h_R2F: torch.Tensor,
+    ring: Ring,
+    dh_R2F: torch.Tensor,
+    a_RF: torch.Tensor,
+) -> torch.Tensor:
+    """Fill `dh_R2F` and `a_RF` (times gate); return `part_RP` (fp32) with sum dgate. 64 divides D; BN // BK is 4."""
     rows, (_, num_d, num_f) = plan.max_rows, w_down_EDF.shape
     num_n = cdiv(num_f, ring.bn)
-    dh_R2F, a_RF = torch.empty_like(h_R2F), h_R2F.new_empty(rows, num_f)
     part_RP = torch.empty(rows, num_n, dtype=torch.float32, device=h_R2F.device)
     p = max(1, min(ring.sms, plan.tiles_M3.shape[0] * num_n))
     args = (
@@ -302,4 +308,4 @@ def down_grad_ws(
         "CONSUMER_REGS": 216,
     }
     launch_down_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)
-    return dh_R2F, a_RF, part_RP
+    return part_RP

@@ -88,13 +88,15 @@ def grouped_gemm(
     tiles: Tiles | Ring,
     transposed: bool = False,
     gather: bool = False,
+    out_RN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`out_RN`: each row times its expert's matrix, `w_E` being [E, N, C], or [E, C, N] if `transposed`.
 
     `a` is [R, C] in row order, or [T, C] in token order if `gather`. Rows past the plan's total stay unwritten.
     """
     num_n, num_c = (w_E.shape[2], w_E.shape[1]) if transposed else (w_E.shape[1], w_E.shape[2])
-    out_RN = a.new_empty(plan.max_rows, num_n)
+    if out_RN is None:
+        out_RN = a.new_empty(plan.max_rows, num_n)
     if isinstance(tiles, Ring):
         rows_ws(a, plan, w_E, (out_RN.view(-1, 1, num_n),), tiles, transposed=transposed, gather=gather)
         return out_RN

@@ -9,7 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moetrain_kernels import combine, configs, gemm, launch, moe_experts, plan, reference, swiglu_grad, up, weight_grad
+from moetrain_kernels import (
+    combine,
+    configs,
+    gemm,
+    launch,
+    moe_experts,
+    plan,
+    reference,
+    spans,
+    swiglu_grad,
+    up,
+    weight_grad,
+)
 
 pytestmark = [
     pytest.mark.unit,
@@ -106,10 +118,12 @@ def test_backward_kernels(shape, tma, split):
     close(part.sum(1), want_dgate, n)
     assert not dh[n:].any()
     assert not gated_a[n:].any()
-    dw_down = weight_grad.weight_grad(dy, gated_a, p, torch.empty_like(w_down), False, bound("dw_down", tma))
+    dw_down = weight_grad.weight_grad(
+        dy, gated_a, spans.one_piece(p), torch.empty_like(w_down), False, bound("dw_down", tma)
+    )
     close(dw_down, reference.weight_grad(dy[token_R], want_a, rows))
     dw_up = torch.empty(num_e, 2 * num_f, num_d)
-    weight_grad.weight_grad(x, dh, p, dw_up, True, replace(bound("dw_up", tma), split=split))
+    weight_grad.weight_grad(x, dh, spans.one_piece(p), dw_up, True, replace(bound("dw_up", tma), split=split))
     close(dw_up, reference.weight_grad(want_dh, x[token_R], rows))
     dx = gemm.grouped_gemm(dh, p, w_up.flatten(1, 2), bound("dx", tma), transposed=True)
     close(dx, reference.grouped_gemm(want_dh, rows, w_up.flatten(1, 2).transpose(1, 2)), n)
