@@ -3,6 +3,7 @@
 from . import reference
 from .experts import moe_experts
 from .launch import available
+from .pieces import ExpertPieces
 from .router import route_topk
 
-__all__ = ["available", "moe_experts", "reference", "route_topk"]
+__all__ = ["ExpertPieces", "available", "moe_experts", "reference", "route_topk"]

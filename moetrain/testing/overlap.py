@@ -3,8 +3,9 @@
     scripts/bench_overlap.sh [--dry-run] [--shapes stand-in qwen3 mixtral] [--routing balanced skewed]
 
 Every rank has different tokens; ep is the number of GPUs. `compute only` is one call of the fastest expert backend on
-the rows that a rank's experts get, already there. Times are medians of device events of the slowest rank, in ms;
-error is the largest relative L2 distance of y, dx, dgates, dw from the same backend in one process.
+the rows that a rank's experts get, already there. Times are medians of device events of the slowest rank, in ms, and
+behind each of the host's time to launch the same; error is the largest relative L2 distance of y, dx, dgates, dw from
+the same backend in one process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -103,20 +105,37 @@ def step(layer: Layer, p: Problem, weights: Weights, backend: ExpertBackend, bac
     return [y.detach(), *(torch.autograd.grad(y, (x, gate, w1, w2), p.dy_TD) if backward else ())]
 
 
-def slowest_ms(run: Callable[[], object]) -> float:
-    """Median of the repeats, of the slowest rank."""
+@dataclass(frozen=True)
+class Took:
+    """ms of one call, of the slowest rank: on the device, and on the host, which waits for nothing."""
+
+    device: float
+    host: float
+
+    def cells(self, limit: Took) -> str:
+        """In a row of the table."""
+        return f"{self.device:.3f} | {self.device / limit.device:.2f} | {self.host:.2f}"
+
+
+def slowest_ms(run: Callable[[], object]) -> Took:
+    """Medians of the repeats."""
     for _ in range(WARMUP):
         run()
+    torch.cuda.synchronize()
     dist.barrier()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    events, clock = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)], []
     for event in events[:-1]:
+        clock.append(time.perf_counter())
         event.record()
         run()
+    clock.append(time.perf_counter())
     events[-1].record()
     torch.cuda.synchronize()
-    took = torch.tensor(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), device="cuda")
+    device = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    host = statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(clock))
+    took = torch.tensor([device, host], device="cuda")
     dist.all_reduce(took, op=dist.ReduceOp.MAX)
-    return float(took)
+    return Took(*took.tolist())
 
 
 def backends(shape: Shape) -> dict[str, ExpertBackend]:
@@ -148,14 +167,14 @@ def arrived(p: Problem, weights: Weights, n_experts: int) -> tuple[Tensor, Tenso
     return seen[0]
 
 
-def compute_only(p: Problem, weights: Weights, shape: Shape) -> tuple[ExpertBackend, str, float, float]:
-    """The fastest backend, its name, and its forward and forward + backward ms on the rows that a rank gets."""
+def compute_only(p: Problem, weights: Weights, shape: Shape) -> tuple[ExpertBackend, str, Took, Took]:
+    """The fastest backend, its name, and its forward and forward + backward times on the rows that a rank gets."""
     x_MD, slot_MK, gate_MK = arrived(p, weights, shape.E)
     there = Problem(x_MD, torch.randn_like(x_MD), replace(p.routing, expert_TK=slot_MK, gate_TK=gate_MK), p.weights)
     layer, best = LocalDispatch(), None
     for name, backend in backends(shape).items():
         both = slowest_ms(lambda b=backend: step(layer, there, weights, b, True))  # type: ignore[misc]
-        if best is None or both < best[3]:
+        if best is None or both.device < best[3].device:
             forward = slowest_ms(lambda b=backend: step(layer, there, weights, b, False))  # type: ignore[misc]
             best = (backend, name, forward, both)
     assert best is not None, "no expert backend runs here"
@@ -186,7 +205,7 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
     backend, name, forward, both = compute_only(p, weights, shape)
     want = one_process(p, backend, rank, ranks)
     head = f"| {shape.name} EP={ranks} {kind}"
-    rows = [f"{head} | compute only ({name}) | {forward:.3f} | 1 | {both:.3f} | 1 | |"]
+    rows = [f"{head} | compute only ({name}) | {forward.cells(forward)} | {both.cells(both)} | |"]
     some = ExchangeShape(shape.T, shape.D, shape.K, torch.bfloat16, "cuda")
     for label in transports:
         module, counts = TRANSPORTS[label]
@@ -196,7 +215,7 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
                 layer = module.build(shape.E, dist.group.WORLD, some, chunks)  # type: ignore[attr-defined]
                 error = distance(step(layer, p, weights, backend, True), want)
                 took = slowest_ms(lambda f=layer: step(f, p, weights, backend, True))  # type: ignore[misc]
-                if best is None or took < best[2] or error > BAR:
+                if best is None or took.device < best[2].device or error > BAR:
                     alone = slowest_ms(lambda f=layer: step(f, p, weights, backend, False))  # type: ignore[misc]
                     best = (chunks, alone, took, error)
                 if error > BAR:
@@ -204,10 +223,10 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
             assert best is not None
             chunks, alone, took, error = best
             verdict = "" if error < BAR else " WRONG"
-            cells = f"{alone:.3f} | {alone / forward:.2f} | {took:.3f} | {took / both:.2f} | {error:.1e}{verdict} |"
+            cells = f"{alone.cells(forward)} | {took.cells(both)} | {error:.1e}{verdict} |"
             rows.append(f"{head} | {label}, chunks={chunks} | {cells}")
         except (ValueError, RuntimeError) as problem:  # a transport that cannot run must not end the table
-            rows.append(f"{head} | {label} | failed: {str(problem).splitlines()[0][:100]} |||||")
+            rows.append(f"{head} | {label} | failed: {str(problem).splitlines()[0][:100]} |||||||")
         if rank == 0:
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -241,13 +260,13 @@ def main(argv: list[str] | None = None) -> int:
         print("needs two GPUs or more; --dry-run prints the plan", file=sys.stderr)
         return 1
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    lines = ["| layer | transport | forward ms | x compute | forward + backward ms | x compute | error |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| layer | transport | forward ms | x compute | host | forward + backward ms | x compute | host | error |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
         for kind in options.routing:
             lines += measure(shape, kind, options.transports, rank, ranks)
             torch.cuda.empty_cache()
-        lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||"] * (ranks != 4)
+        lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||||"] * (ranks != 4)
     if rank == 0:
         print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
         print("\n".join(lines))
