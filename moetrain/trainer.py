@@ -46,7 +46,7 @@ from moetrain.parallel.pp import Work
 from moetrain.parallel.tp import sum_replicated_gradients
 from moetrain.plan.params import flops_per_token
 
-LOSS_CHUNK = 2048  # tokens whose logits exist at one time
+LOSS_CHUNK = 4096  # tokens whose logits exist at one time
 
 
 class Trainer:

@@ -1,8 +1,10 @@
-"""Triton kernels for the expert layer of a mixture-of-experts model. Imports torch and triton only."""
+"""Triton kernels for mixture-of-experts models: experts, routing, rotation, loss. Imports torch and triton only."""
 
 from . import reference
 from .experts import moe_experts
 from .launch import available
+from .rotation import norm_rope
 from .router import route_topk
+from .softmax_loss import cross_entropy
 
-__all__ = ["available", "moe_experts", "reference", "route_topk"]
+__all__ = ["available", "cross_entropy", "moe_experts", "norm_rope", "reference", "route_topk"]

@@ -26,14 +26,16 @@ from . import (
     gemm_ws,
     launch,
     plan,
+    rotation,
     router,
+    softmax_loss,
     swiglu_grad,
     up,
     weight_grad,
     weight_grad_ws,
 )
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router, softmax_loss, rotation)
 RING_MODULES = (gemm_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
@@ -103,6 +105,22 @@ def compile_router() -> None:
         torch.autograd.grad((gate_TK, balance_TE), logit_TE, (gate_TK, balance_TE))
 
 
+def compile_model() -> None:
+    """Walk the kernels of attention and loss, in the widths of 128-wide heads and of MLA's rotated parts."""
+    logit_CV, target_C = torch.empty(16, 32000), torch.zeros(16, dtype=torch.int64)
+    loss_C, grad_CV = torch.empty(16), torch.empty(16, 32000, dtype=torch.bfloat16)
+    args = (logit_CV, target_C, torch.ones(16, dtype=torch.uint8), loss_C, grad_CV, 32000)
+    for gradient in (True, False):
+        constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
+        softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
+    for heads, d, normed, interleaved in ((32, 128, True, False), (32, 128, False, False), (1, 64, False, True)):
+        x_BHSd = torch.empty(1, 16, heads, d, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        weight_d = torch.empty(d, dtype=torch.bfloat16) if normed else None
+        table = torch.empty(1, 1, 16, d // 2)
+        y_BHSd = rotation.NormRope.apply(x_BHSd, weight_d, table, table, 1e-6, interleaved)
+        torch.autograd.grad(y_BHSd, x_BHSd, y_BHSd.detach())
+
+
 def check(arch: int) -> bool:
     """Compile everything for one architecture and print a line per kernel variant."""
     cases = {
@@ -111,6 +129,7 @@ def check(arch: int) -> bool:
         "fp16, odd D": partial(compile_layer, torch.float16, 1024, (2056, 1024)),
         "fp32": partial(compile_layer, torch.float32, 1024),
         "router": compile_router,
+        "attention, loss": compile_model,
     }
     reached: set[str] = set()
     good = True
