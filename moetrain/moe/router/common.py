@@ -39,13 +39,18 @@ class HalfLogits(torch.autograd.Function):
         low_TE = (grads[0] - high_TE).to(x_TD.dtype)
         both_TE = torch.cat([high_TE, low_TE], dim=1)
         dx_TD = both_TE @ weight_ED.repeat(2, 1)
-        dweight_ED = wide_matmul(both_TE.T, x_TD).unflatten(0, (2, -1)).sum(0)
+        # A sum over all tokens for few outputs: cut into as many as fill the device.
+        parts = next(n for n in (8, 4, 2, 1) if len(x_TD) % n == 0)
+        cut = [t.view(parts, -1, t.shape[1]) for t in (both_TE, x_TD)]
+        dweight_ED = wide_matmul(cut[0].mT, cut[1]).sum(0).unflatten(0, (2, -1)).sum(0)
         return dx_TD, dweight_ED.to(weight_ED.dtype)
 
 
 def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two bf16 matrices in fp32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    """The product of two bf16 matrices, or of each of two stacks, in fp32."""
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return (torch.bmm if a.dim() == 3 else torch.mm)(a, b, out_dtype=torch.float32)
 
 
 def top_k(score_TE: Tensor, k: int) -> Tensor:
