@@ -222,12 +222,14 @@ class Trainer:
         return action
 
     def _roll_back(self, why: str) -> None:
-        """To the newest checkpoint, but for the data, which goes on behind the bad batch."""
+        """To the newest intact checkpoint, but for the data, which goes on behind the bad batch."""
         self.saver.wait()
-        path = on_rank0(self.store.latest)
+        path, damaged = self.store.newest_intact()
         if path is None:
             raise RuntimeError(f"{why}; no checkpoint to roll back to")
-        bad, self.step = self.step + 1, int(self.store.load(path, self.model, self.optimizer)["step"])
+        self.log.began([], damaged)
+        bad = self.step + 1
+        self.step = int(self.store.load(path, self.model, self.optimizer, checked=True)["step"])
         self.optimizer.zero_grad(set_to_none=True)
         if self.pipeline:
             self.pipeline.after_update()

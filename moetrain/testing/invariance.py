@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     most = torch.cuda.device_count() if options.device == "cuda" else max(case.world for case in CASES)
     cases = [case for case in CASES if case.world <= most and re.search(options.only, case.name)]
     cases = [case for case in cases if case.quick or not options.quick]
+    left_out = [case.name for case in cases if not case.runs_here]
+    cases = [case for case in cases if case.runs_here]
     with tempfile.TemporaryDirectory() as name:
         long = {"count": 1200} if options.device == "cuda" else {"longest": 12}
         bench = Bench(options.device, options.steps, name, write_documents(Path(name), **long))
@@ -124,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = kept + table([case for case in cases if case.name not in done], bench, lines, options.write)
     failed = sum(not row.passed for row in rows)
     closing = f"{len(rows) - failed} of {len(rows)} layouts equal one process over {options.steps} steps."
+    if left_out:
+        closing += f" Left out, because torch {torch.__version__} is too old for them: {'; '.join(left_out)}."
     print(f"\n{closing}")
     if options.write:
         options.write.write_text("\n".join([*lines, "", closing, ""]))
