@@ -3,8 +3,18 @@
 from . import reference
 from .experts import moe_experts
 from .launch import available
+from .norm import add_rms_norm, rms_norm
 from .rotation import norm_rope
 from .router import route_topk
 from .softmax_loss import cross_entropy
 
-__all__ = ["available", "cross_entropy", "moe_experts", "norm_rope", "reference", "route_topk"]
+__all__ = [
+    "add_rms_norm",
+    "available",
+    "cross_entropy",
+    "moe_experts",
+    "norm_rope",
+    "reference",
+    "rms_norm",
+    "route_topk",
+]

@@ -25,6 +25,7 @@ from . import (
     gemm,
     gemm_ws,
     launch,
+    norm,
     plan,
     rotation,
     router,
@@ -35,7 +36,7 @@ from . import (
     weight_grad_ws,
 )
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router, softmax_loss, rotation)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router, softmax_loss, rotation, norm)
 RING_MODULES = (gemm_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
@@ -113,6 +114,10 @@ def compile_model() -> None:
     for gradient in (True, False):
         constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
         softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
+    for add in (True, False):
+        x_TD, weight_D = torch.empty(64, 2048, dtype=torch.bfloat16, requires_grad=True), torch.empty(2048)
+        found = norm.RMSNorm.apply(x_TD, x_TD if add else None, weight_D, 1e-6)
+        torch.autograd.grad(found, x_TD, found)
     for heads, d, normed, interleaved in ((32, 128, True, False), (32, 128, False, False), (1, 64, False, True)):
         x_BHSd = torch.empty(1, 16, heads, d, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
         weight_d = torch.empty(d, dtype=torch.bfloat16) if normed else None

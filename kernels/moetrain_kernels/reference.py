@@ -144,6 +144,19 @@ def cross_entropy(
     return loss_C, torch.where(mask_C[:, None], grad_CV, 0.0).to(grad_dtype)
 
 
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim; differentiable."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta, and `rms_norm` of it."""
+    total = x + delta
+    return total, rms_norm(total, weight_D, eps)
+
+
 def norm_rope(
     x_BHSd: torch.Tensor,
     weight_d: torch.Tensor | None,
@@ -153,7 +166,7 @@ def norm_rope(
 ) -> torch.Tensor:
     """As rotation.norm_rope says; differentiable."""
     if weight_d is not None:
-        x_BHSd = x_BHSd * torch.rsqrt(x_BHSd.square().mean(-1, keepdim=True) + eps) * weight_d
+        x_BHSd = rms_norm(x_BHSd, weight_d, eps)
     a, b = (x_BHSd[..., 0::2], x_BHSd[..., 1::2]) if interleaved else x_BHSd.chunk(2, dim=-1)
     cos, sin = cos_sin
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

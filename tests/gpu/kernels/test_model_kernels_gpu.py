@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moetrain_kernels import cross_entropy, norm_rope, reference
+from moetrain_kernels import add_rms_norm, cross_entropy, norm_rope, reference, rms_norm
 
 from moetrain.loss import chunked_cross_entropy
 from moetrain.moe.router.common import router_logits
@@ -37,6 +37,25 @@ def test_norm_rope(heads, d, interleaved, normed):
         found.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(dtype))])
     for mine, theirs in zip(*found):
         near(mine, theirs)
+
+
+@pytest.mark.parametrize("width", [2048, 4096, 7168])
+def test_rms_norm(width):
+    g = torch.Generator("cuda").manual_seed(width)
+    x, delta, up_sum, up = (torch.randn(3000, width, generator=g, device="cuda").bfloat16() for _ in range(4))
+    weight = (1 + 0.2 * torch.randn(width, generator=g, device="cuda")).bfloat16()
+    leaves = [x.clone().requires_grad_(), delta.clone().requires_grad_(), weight.clone().requires_grad_()]
+    total, y = add_rms_norm(*leaves, 1e-6)
+    assert torch.equal(total, x + delta)
+    exact = [total.detach().double().requires_grad_(), weight.double().requires_grad_()]  # of the sum as it is stored
+    wanted = reference.rms_norm(*exact, 1e-6)
+    near(y.detach(), wanted.detach())
+    grads = torch.autograd.grad((total, y), leaves, (up_sum, up))
+    wanted_grads = torch.autograd.grad(wanted, exact, up.double())
+    near(grads[0], wanted_grads[0] + up_sum.double())
+    assert torch.equal(grads[0], grads[1])
+    near(grads[2], wanted_grads[1])
+    near(rms_norm(total.detach(), weight, 1e-6), wanted.detach())
 
 
 @pytest.mark.parametrize("columns", [32000, 151936])

@@ -5,7 +5,7 @@ Needs TRITON_INTERPRET=1 from the start of the process: test_interpreted.py runs
 
 import pytest
 import torch
-from moetrain_kernels import cross_entropy, launch, norm_rope, reference
+from moetrain_kernels import add_rms_norm, cross_entropy, launch, norm_rope, reference, rms_norm
 
 pytestmark = [
     pytest.mark.unit,
@@ -87,6 +87,24 @@ def test_norm_rope_takes_gradients_of_any_layout():
     (straight,) = torch.autograd.grad(y, leaf, upstream, retain_graph=True)
     (strided,) = torch.autograd.grad(y, leaf, upstream.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0))
     assert torch.equal(straight, strided)
+
+
+@pytest.mark.parametrize(("shape", "add"), [((3, 5, 16), True), ((7, 40), False), ((1, 6), True), ((33, 1000), True)])
+def test_rms_norm_equals_the_reference(shape, add):
+    g = torch.Generator().manual_seed(0)
+    x, delta, up_sum, up = (torch.randn(shape, generator=g) for _ in range(4))
+    weight = 1 + 0.3 * torch.randn(shape[-1], generator=g)
+    found = []
+    for module, dtype in ((None, torch.float32), (reference, torch.float64)):
+        plain, summed = (rms_norm, add_rms_norm) if module is None else (module.rms_norm, module.add_rms_norm)
+        a, b, w = (t.to(dtype).requires_grad_() for t in (x, delta, weight))
+        results = summed(a, b, w, 0.01) if add else (plain(a, w, 0.01),)
+        upstream = [t.to(dtype) for t in ([up_sum, up] if add else [up])]
+        grads = torch.autograd.grad(results, [a, b, w] if add else [a, w], upstream)
+        alone = torch.autograd.grad(summed(a, b, w, 0.01)[1], [a, b, w], up.to(dtype))  # the sum goes nowhere
+        found.append([*(t.detach() for t in results), *grads, *alone])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_refuse_what_does_not_fit():

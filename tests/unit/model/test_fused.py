@@ -9,7 +9,7 @@ import torch
 
 from moetrain import loss as losses
 from moetrain.config.model import AttentionConfig, ModelConfig, RopeConfig
-from moetrain.model import rope
+from moetrain.model import norm, rope
 from moetrain.model.attention import GQA, MLA
 from moetrain.model.core import share
 from moetrain.testing.fake import fake_context
@@ -33,6 +33,8 @@ def called(monkeypatch):
 
     stand_in("norm_rope")
     stand_in("cross_entropy")
+    stand_in("rms_norm")
+    stand_in("add_rms_norm")
     return names
 
 
@@ -59,6 +61,22 @@ def test_attention(kind, options, called, monkeypatch):
         y = attention(x, context)
         found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
     assert called == ["norm_rope"] * 2
+    for plain, fused in zip(*found):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_and_residual(called, monkeypatch):
+    torch.manual_seed(0)
+    module = norm.RMSNorm(6, 0.01).double()
+    torch.nn.init.normal_(module.weight)
+    x, delta = (torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr(norm, "fused", lambda _, kernels=kernels: kernels)
+        total, y = module.add(x, delta)
+        loss = total.square().sum() + y.pow(3).sum() + module(x).sin().sum()
+        found.append([total.detach(), y.detach(), *torch.autograd.grad(loss, [x, delta, module.weight])])
+    assert called == ["add_rms_norm", "rms_norm"]
     for plain, fused in zip(*found):
         torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
