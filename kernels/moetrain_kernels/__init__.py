@@ -1,4 +1,4 @@
-"""Triton kernels for mixture-of-experts models: experts, routing, rotation, loss. Imports torch and triton only."""
+"""Triton kernels for mixture-of-experts models: layers, loss, and update. Imports torch and triton only."""
 
 from . import reference
 from .experts import moe_experts
@@ -7,8 +7,10 @@ from .norm import add_rms_norm, rms_norm
 from .rotation import norm_rope
 from .router import route_topk
 from .softmax_loss import cross_entropy
+from .update import adamw
 
 __all__ = [
+    "adamw",
     "add_rms_norm",
     "available",
     "cross_entropy",

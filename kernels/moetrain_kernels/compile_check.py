@@ -32,11 +32,12 @@ from . import (
     softmax_loss,
     swiglu_grad,
     up,
+    update,
     weight_grad,
     weight_grad_ws,
 )
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router, softmax_loss, rotation, norm)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router, softmax_loss, rotation, norm, update)
 RING_MODULES = (gemm_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
@@ -114,6 +115,9 @@ def compile_model() -> None:
     for gradient in (True, False):
         constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
         softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
+    state = torch.empty(6, 4096).unbind()
+    args = (*state, 4096, 0, 1e-3, 0.1, 0.05, 1e-8, 1e-4)
+    update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK}, num_warps=4)
     for add in (True, False):
         x_TD, weight_D = torch.empty(64, 2048, dtype=torch.bfloat16, requires_grad=True), torch.empty(2048)
         found = norm.RMSNorm.apply(x_TD, x_TD if add else None, weight_D, 1e-6)

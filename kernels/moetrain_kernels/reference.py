@@ -170,3 +170,24 @@ def norm_rope(
     a, b = (x_BHSd[..., 0::2], x_BHSd[..., 1::2]) if interleaved else x_BHSd.chunk(2, dim=-1)
     cos, sin = cos_sin
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def adamw(
+    parameters: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    moments: tuple[list[torch.Tensor], list[torch.Tensor]],
+    steps: list[torch.Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divisor: torch.Tensor | None = None,
+) -> None:
+    """In place, as update.adamw says."""
+    for p, g, m, v, step in zip(parameters, grads, *moments, steps):
+        g = g if divisor is None else g / divisor
+        m.lerp_(g, 1 - betas[0])
+        v.lerp_(g * g, 1 - betas[1])
+        denominator = (v / (1 - betas[1] ** step)).sqrt() + eps
+        p.mul_(1 - lr * weight_decay).sub_(lr / (1 - betas[0] ** step) * m / denominator)

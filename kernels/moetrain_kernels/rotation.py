@@ -1,7 +1,7 @@
 """Rotary positions, with the RMS norm of each head before them: one pass over queries or keys each way.
 
-As separate operations the rotation alone writes four fp32 tensors of their size. Here x is read once and y written once;
-all arithmetic is fp32. Kept for the backward pass: the tables and, for the norm, x.
+As separate operations the rotation alone writes four fp32 tensors of their size. Here x is read once and y written
+once; all arithmetic is fp32. Kept for the backward pass: the tables and, for the norm, x.
 """
 
 from __future__ import annotations

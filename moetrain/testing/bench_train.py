@@ -4,8 +4,8 @@
 
 Shapes: configs/experiment/bench_*.yaml, 4 sequences of 4096 tokens a GPU. Routing: forced balanced, forced by Zipf's
 law (exponent 0.6), and natural, which is measured after --natural-steps of training with the model's own balance loss.
-A row's speed is the median of the last half of its steps. TFLOP/s counts active parameters (plan/params.py); `matmul` is
-what an 8192^3 bf16 product reaches on this machine in the same run.
+A row's speed is the median of the last half of its steps. TFLOP/s counts active parameters (plan/params.py); `matmul`
+is what an 8192^3 bf16 product reaches on this machine in the same run.
 """
 
 from __future__ import annotations

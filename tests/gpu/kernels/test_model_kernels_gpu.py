@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moetrain_kernels import add_rms_norm, cross_entropy, norm_rope, reference, rms_norm
+from moetrain_kernels import adamw, add_rms_norm, cross_entropy, norm_rope, reference, rms_norm
 
 from moetrain.loss import chunked_cross_entropy
 from moetrain.moe.router.common import router_logits
@@ -102,3 +102,19 @@ def test_router_logits():
     torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=1e-4, atol=2e-5)
     near(found[0][1], found[1][1])
     near(found[0][2], found[1][2])
+
+
+def test_adamw():
+    g = torch.Generator("cuda").manual_seed(0)
+    sizes = [(3, 1001), (4096, 2048), (5,)]
+    start = [[torch.randn(size, generator=g, device="cuda") for size in sizes] for _ in range(4)]
+    rates = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    found = []
+    for update, dtype in ((adamw, torch.float32), (reference.adamw, torch.float64)):
+        p, grad, m, v = ([t.to(dtype, copy=True) for t in tensors] for tensors in start)
+        v = [t.square() for t in v]
+        steps = [torch.tensor(float(n), dtype=dtype, device="cuda") for n in (1, 2, 30)]
+        update(p, grad, (m, v), steps, divisor=torch.tensor(3.0, dtype=dtype, device="cuda"), **rates)
+        found.append([*p, *m, *v])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,7 @@ Needs TRITON_INTERPRET=1 from the start of the process: test_interpreted.py runs
 
 import pytest
 import torch
-from moetrain_kernels import add_rms_norm, cross_entropy, launch, norm_rope, reference, rms_norm
+from moetrain_kernels import adamw, add_rms_norm, cross_entropy, launch, norm_rope, reference, rms_norm
 
 pytestmark = [
     pytest.mark.unit,
@@ -107,9 +107,31 @@ def test_rms_norm_equals_the_reference(shape, add):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_adamw_equals_the_reference(divided):
+    g = torch.Generator().manual_seed(0)
+    shapes, first = [(5000,), (3, 7), (0, 4)], [1.0, 1000.0, 3.0]
+    start = [[torch.randn(shape, generator=g) for shape in shapes] for _ in range(4)]
+    rates = {"lr": 0.01, "betas": (0.9, 0.9995), "eps": 1e-6, "weight_decay": 0.3}
+    found = []
+    for update, dtype in ((adamw, torch.float32), (reference.adamw, torch.float64)):
+        p, grad, m, v = ([t.to(dtype, copy=True) for t in tensors] for tensors in start)
+        v = [t.square() for t in v]
+        for later in range(3):
+            steps = [torch.tensor(n + later, dtype=dtype) for n in first]
+            divisor = torch.tensor(2.5, dtype=dtype) if divided else None
+            update(p, grad, (m, v), steps, divisor=divisor, **rates)
+        found.append([*p, *m, *v])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="fp32"):
         cross_entropy(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), torch.ones(2) > 0)
     x, weight, tables, _ = inputs(1, 6, "projected", False)
+    half = [torch.zeros(2, dtype=torch.bfloat16)]
+    with pytest.raises(ValueError, match="fp32"):
+        adamw(half, half, (half, half), [torch.ones(())], lr=0.1, betas=(0.9, 0.9), eps=0.1, weight_decay=0.0)
     with pytest.raises(ValueError, match="float64"):
         norm_rope(x.double(), weight, tables)
