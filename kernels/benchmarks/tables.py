@@ -2,8 +2,8 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/tables.py [--shapes olmoe ...] [--tables chosen hopper ...] [--zipf 0]
 
-A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here one limit step and
-one step of every table take turns. Prints the ratios, and per kernel its device milliseconds inside a step, in launch
+A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every
+layer step follows a limit step, and all tables take turns. Prints the ratios, and per kernel its device milliseconds inside a step, in launch
 order.
 """
 
@@ -127,8 +127,8 @@ def measure(shape: Shape, zipf: float, names: list[str]) -> None:
             runs[name] = layer(name)
         except Exception as problem:
             print(f"  {name:10s} failed: {str(problem).splitlines()[0][:100]}", flush=True)
-    limit, *times = in_turn([lambda i: [matmul(i) for matmul in matmuls], *runs.values()])
-    for (name, run), ms in zip(runs.items(), times):
+    times = in_turn([turn for run in runs.values() for turn in (lambda i: [matmul(i) for matmul in matmuls], run)])
+    for (name, run), limit, ms in zip(runs.items(), times[::2], times[1::2]):
         print(f"{shape.name:16s} zipf {zipf} {name:10s} {ms:7.3f} / {limit:7.3f} ms = {ms / limit:5.3f}", flush=True)
         parts = kernel_ms(run)
         kernels = " ".join(f"{k} {v:.3f}" for k, v in parts.items())

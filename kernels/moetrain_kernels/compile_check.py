@@ -26,17 +26,22 @@ from . import (
     gemm,
     gemm_ws,
     launch,
+    norm,
     pieces,
     plan,
+    rotation,
     router,
+    softmax_loss,
     spans,
     swiglu_grad,
     up,
+    update,
     weight_grad,
     weight_grad_ws,
 )
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans, router)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans)
+KERNEL_MODULES += (router, softmax_loss, rotation, norm, update)
 RING_MODULES = (gemm_ws, down_grad_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
@@ -121,6 +126,29 @@ def compile_router() -> None:
         torch.autograd.grad((gate_TK, balance_TE), logit_TE, (gate_TK, balance_TE))
 
 
+def compile_model() -> None:
+    """Walk the kernels of attention and loss, in the widths of 128-wide heads and of MLA's rotated parts."""
+    logit_CV, target_C = torch.empty(16, 32000), torch.zeros(16, dtype=torch.int64)
+    loss_C, grad_CV = torch.empty(16), torch.empty(16, 32000, dtype=torch.bfloat16)
+    args = (logit_CV, target_C, torch.ones(16, dtype=torch.uint8), loss_C, grad_CV, 32000)
+    for gradient in (True, False):
+        constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
+        softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
+    state = torch.empty(6, 4096).unbind()
+    args = (*state, 4096, 0, 1e-3, 0.1, 0.05, 1e-8, 1e-4)
+    update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK}, num_warps=4)
+    for add in (True, False):
+        x_TD, weight_D = torch.empty(64, 2048, dtype=torch.bfloat16, requires_grad=True), torch.empty(2048)
+        found = norm.RMSNorm.apply(x_TD, x_TD if add else None, weight_D, 1e-6)
+        torch.autograd.grad(found, x_TD, found)
+    for heads, d, normed, interleaved in ((32, 128, True, False), (32, 128, False, False), (1, 64, False, True)):
+        x_BHSd = torch.empty(1, 16, heads, d, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        weight_d = torch.empty(d, dtype=torch.bfloat16) if normed else None
+        table = torch.empty(1, 1, 16, d // 2)
+        y_BHSd = rotation.NormRope.apply(x_BHSd, weight_d, table, table, 1e-6, interleaved)
+        torch.autograd.grad(y_BHSd, x_BHSd, y_BHSd.detach())
+
+
 def check(arch: int) -> bool:
     """Compile everything for one architecture and print a line per kernel variant."""
     cases = {
@@ -131,6 +159,7 @@ def check(arch: int) -> bool:
         "bf16, pieces": partial(compile_pieces, torch.bfloat16, 1024),
         "fp16, pieces": partial(compile_pieces, torch.float16, 1024, (2056, 1024)),
         "router": compile_router,
+        "attention, loss": compile_model,
     }
     reached: set[str] = set()
     good = True

@@ -60,9 +60,9 @@ def _produce(
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile, round = gl.program_id(0), 0
     while tile < num_m * N_TILES:
-        tell(box, told, heard, round, tile)
-        following = take(counter, num_m * N_TILES, P) if DYNAMIC else tile + P
         n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+        tell(box, told, heard, round, n, row, end)
+        following = tile + P
         rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
         token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
         cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
@@ -75,6 +75,8 @@ def _produce(
             async_copy.async_copy_global_to_shared(dy_ring.index(stage), at + k * BK)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+            if DYNAMIC and k == D // BK // 2:  # the ring is full by now, which hides the counter's latency
+                following = take(counter, num_m * N_TILES, P)
         for i in range(BN // BK):  # H follows as if it were operands: its latency is hidden as theirs is
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
@@ -85,7 +87,7 @@ def _produce(
             async_copy.mbarrier_arrive(ready, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
         tile, round = following, round + 1
-    tell(box, told, heard, round, tile)
+    tell(box, told, heard, round, 0, 0, 0)
 
 
 @gluon.jit
@@ -95,8 +97,6 @@ def _consume(
     gate_S,
     part_ptr,
     slot_R,
-    tiles_M3,
-    num_m,
     box,
     told,
     heard,
@@ -112,7 +112,6 @@ def _consume(
     D: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
-    GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     LEAD: gl.constexpr,
 ):
@@ -123,12 +122,11 @@ def _consume(
     PART: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
     dtype: gl.constexpr = dh_desc.dtype
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
-        mbarrier.wait(full.index(STAGES - 1), 0, pred=gl.program_id(0) < num_m * N_TILES)
     round = 0
-    tile = hear(box, told, heard, round)
-    while tile < num_m * N_TILES:
-        n, _, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+    n, row, end = hear(box, told, heard, round)
+    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
+        mbarrier.wait(full.index(STAGES - 1), 0, pred=end > 0)
+    while end > 0:
         row += part * HALF
         if row < end:
             rows = row + gl.arange(0, HALF, layout=gl.SliceLayout(1, PART))
@@ -183,7 +181,7 @@ def _consume(
         else:
             stage, phase = pass_over(full, empty, stage, phase, K_TILES + PARTS, STAGES)
         round += 1
-        tile = hear(box, told, heard, round)
+        n, row, end = hear(box, told, heard, round)
 
 
 @gluon.jit
@@ -247,10 +245,10 @@ def down_grad_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, w_halves,
-                        dy_view, w_view, full, empty, 0, F, D, BN, BK, GROUP, STAGES, LEAD)),
-            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, tiles_M3, num_m, box, told, heard, dy_halves, w_ring, w_halves,
-                        dy_view, w_view, full, empty, 1, F, D, BN, BK, GROUP, STAGES, LEAD)),
+            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, box, told, heard, dy_halves, w_ring, w_halves,
+                        dy_view, w_view, full, empty, 0, F, D, BN, BK, STAGES, LEAD)),
+            (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, box, told, heard, dy_halves, w_ring, w_halves,
+                        dy_view, w_view, full, empty, 1, F, D, BN, BK, STAGES, LEAD)),
             (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, dy_ring, w_ring, up_ring, full, empty,
                         F, D, K, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],

@@ -66,6 +66,7 @@ def _produce(
     DYNAMIC: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
+    K_TILES: gl.constexpr = (C + BK - 1) // BK
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     BYTES: gl.constexpr = WIDTH * BK * 2 if GATHER else (WIDTH + BM) * BK * 2
@@ -73,15 +74,15 @@ def _produce(
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile, round = gl.program_id(0), 0
     while tile < num_m * N_TILES:
-        tell(box, told, heard, round, tile)
-        following = take(counter, num_m * N_TILES, P) if DYNAMIC else tile + P
         n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+        tell(box, told, heard, round, n, row, end)
+        following = tile + P
         if GATHER:
             rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
             token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
             cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
             at = a_ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
-        for k in range((C + BK - 1) // BK):
+        for k in range(K_TILES):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
             mbarrier.expect(ready, BYTES)
@@ -99,16 +100,16 @@ def _produce(
             else:
                 tma.async_copy_global_to_shared(a_desc, [row, k * BK], ready, a_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
+            if DYNAMIC and k == K_TILES // 2:  # the ring is full by now, which hides the counter's latency
+                following = take(counter, num_m * N_TILES, P)
         tile, round = following, round + 1
-    tell(box, told, heard, round, tile)
+    tell(box, told, heard, round, 0, 0, 0)
 
 
 @gluon.jit
 def _consume(
     out_desc,
     act_desc,
-    tiles_M3,
-    num_m,
     box,
     told,
     heard,
@@ -128,11 +129,9 @@ def _consume(
     BK: gl.constexpr,
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
-    GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     LEAD: gl.constexpr,
 ):
-    N_TILES: gl.constexpr = (N + BN - 1) // BN
     K_TILES: gl.constexpr = (C + BK - 1) // BK
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
@@ -140,12 +139,11 @@ def _consume(
     BASE: gl.constexpr = part * BUFS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
-        mbarrier.wait(full.index(STAGES - 1), 0, pred=gl.program_id(0) < num_m * N_TILES)
     round = 0
-    tile = hear(box, told, heard, round)
-    while tile < num_m * N_TILES:
-        n, _, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+    n, row, end = hear(box, told, heard, round)
+    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
+        mbarrier.wait(full.index(STAGES - 1), 0, pred=end > 0)
+    while end > 0:
         row += part * HALF
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)
@@ -184,7 +182,7 @@ def _consume(
         else:
             stage, phase = pass_over(full, empty, stage, phase, K_TILES, STAGES)
         round += 1
-        tile = hear(box, told, heard, round)
+        n, row, end = hear(box, told, heard, round)
     tma.store_wait(0)
 
 
@@ -245,10 +243,10 @@ def rows_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, staging, view, 0,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, STAGES, LEAD)),
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, box, told, heard, a_halves, w_ring, full, empty, staging, view, 1,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, STAGES, LEAD)),
+            (_consume, (out_desc, act_desc, box, told, heard, a_halves, w_ring, full, empty, staging, view, 0,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
+            (_consume, (out_desc, act_desc, box, told, heard, a_halves, w_ring, full, empty, staging, view, 1,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
             (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, a_ring, w_target, full, empty,
                         N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],

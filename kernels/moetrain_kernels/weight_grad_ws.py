@@ -70,6 +70,57 @@ def _load_slots(slot_R, row, end, lane_row):
 
 
 @gluon.jit
+def _copy(
+    x_ptr,
+    r_desc,
+    slot_R,
+    left,
+    right,
+    full,
+    empty,
+    slot,
+    lane_row,
+    cols,
+    row,
+    end,
+    base,
+    r_col,
+    stage,
+    phase,
+    X: gl.constexpr,
+    K: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    BYTES: gl.constexpr,
+    BK: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fill a stage with rows of x and rows base + row of r, if there are any.
+
+    The slots of AHEAD steps later are loaded into the registers of this step's.
+    """
+    if row < end:
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        ready = full.index(stage)
+        mbarrier.expect(ready, BYTES)
+        mask = (row + lane_row < end)[:, None]
+        if X % WIDTH != 0:
+            mask = mask & (cols < X)[None, :]
+        at = x_ptr + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
+        if GATHER_LEFT:
+            tma.async_copy_global_to_shared(r_desc, [base + row, r_col], ready, right.index(stage))
+            async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
+        else:
+            tma.async_copy_global_to_shared(r_desc, [base + row, r_col], ready, left.index(stage))
+            async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
+        async_copy.mbarrier_arrive(ready, increment_count=False)
+        stage, phase = next_stage(stage, phase, STAGES)
+        slot = _load_slots(slot_R, row + AHEAD * BK, end, lane_row)
+    return slot, stage, phase
+
+
+@gluon.jit
 def _produce(
     x_ptr,
     r_desc,
@@ -107,31 +158,28 @@ def _produce(
         cols = x_col + lane_col
         for piece in gl.static_range(PIECES):
             row, end = _span(span, piece)
-            x_piece, slots, r_base = x_ptr, slot_R, 0
+            x_piece, slots, base = x_ptr, slot_R, 0
             if PIECES > 1:
                 x_piece = x_ptr + gl.load(bases_P4 + 4 * piece) * 8
                 slots = slot_R + gl.load(bases_P4 + 4 * piece + 1)
-                r_base = gl.load(bases_P4 + 4 * piece + 2).to(gl.int32)
-            slot = _load_slots(slots, row, end, lane_row)  # two steps ahead of the copies that need them
-            slot_after = _load_slots(slots, row + BK, end, lane_row)
-            for _ in range((end - row + BK - 1) // BK):
-                mbarrier.wait(empty.index(stage), phase ^ 1)
-                ready = full.index(stage)
-                mbarrier.expect(ready, BYTES)
-                mask = (row + lane_row < end)[:, None]
-                if X % WIDTH != 0:
-                    mask = mask & (cols < X)[None, :]
-                at = x_piece + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
-                if GATHER_LEFT:
-                    tma.async_copy_global_to_shared(r_desc, [r_base + row, r_col], ready, right.index(stage))
-                    async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
-                else:
-                    tma.async_copy_global_to_shared(r_desc, [r_base + row, r_col], ready, left.index(stage))
-                    async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
-                async_copy.mbarrier_arrive(ready, increment_count=False)
-                row += BK
-                slot, slot_after = slot_after, _load_slots(slots, row + BK, end, lane_row)
-                stage, phase = next_stage(stage, phase, STAGES)
+                base = gl.load(bases_P4 + 4 * piece + 2).to(gl.int32)
+            # Three sets of registers in turn: handing slots from one to another would wait for their loads every step.
+            slot0 = _load_slots(slots, row, end, lane_row)
+            slot1 = _load_slots(slots, row + BK, end, lane_row)
+            slot2 = _load_slots(slots, row + 2 * BK, end, lane_row)
+            for _ in range((end - row + 3 * BK - 1) // (3 * BK)):
+                # fmt: off
+                slot0, stage, phase = _copy(
+                    x_piece, r_desc, slots, left, right, full, empty, slot0, lane_row, cols, row, end, base, r_col,
+                    stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                slot1, stage, phase = _copy(
+                    x_piece, r_desc, slots, left, right, full, empty, slot1, lane_row, cols, row + BK, end, base, r_col,
+                    stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                slot2, stage, phase = _copy(
+                    x_piece, r_desc, slots, left, right, full, empty, slot2, lane_row, cols, row + 2 * BK, end, base,
+                    r_col, stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                # fmt: on
+                row += 3 * BK
 
 
 @gluon.jit

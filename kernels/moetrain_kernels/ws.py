@@ -51,38 +51,41 @@ def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
 
 @gluon.jit
 def make_box():
-    """(box, told, heard): two places where the producer leaves a tile number for the two consumers."""
+    """(box, told, heard): two places where the producer leaves a tile for the two consumers."""
     told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(told.index(i), count=1)
         mbarrier.init(heard.index(i), count=2)
     fence_async_shared()
-    return gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])), told, heard
+    return gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])), told, heard
 
 
 @gluon.jit
-def tell(box, told, heard, round, tile):
-    """Producer: leave the tile number of a round."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+def tell(box, told, heard, round, n, row, end):
+    """Producer: leave the column tile, first row and end row of a round; an end of 0 says that there are no more."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     place = round % 2
     mbarrier.wait(heard.index(place), (round // 2 % 2) ^ 1)
-    box.index(place).store(gl.full([1], tile, gl.int32, one))
+    i = gl.arange(0, 4, layout=LAYOUT)
+    box.index(place).store(gl.where(i == 0, n, gl.where(i == 1, row, end)))
     mbarrier.arrive(told.index(place), count=1)
 
 
 @gluon.jit
 def hear(box, told, heard, round):
-    """Consumer: the tile number of a round."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    """Consumer: column tile, first row and end row of a round."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     place = round % 2
     mbarrier.wait(told.index(place), round // 2 % 2)
-    tile = box.index(place).load(one)
+    value = box.index(place).load(LAYOUT)
     mbarrier.arrive(heard.index(place), count=1)
-    uniform = gl.inline_asm_elementwise(  # tells the compiler that the value is one for the warp
-        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1
+    value = gl.inline_asm_elementwise(  # tells the compiler that it is one value for the warp
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [value], dtype=gl.int32, is_pure=True, pack=1
     )
-    return gl.max(uniform, axis=0)
+    i = gl.arange(0, 4, layout=LAYOUT)
+    n, row = gl.sum(gl.where(i == 0, value, 0), axis=0), gl.sum(gl.where(i == 1, value, 0), axis=0)
+    return n, row, gl.sum(gl.where(i == 2, value, 0), axis=0)
 
 
 @gluon.jit

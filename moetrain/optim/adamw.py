@@ -15,9 +15,48 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from moetrain.comm.shards import local
+from moetrain.model.fused import fused
 from moetrain.optim.check import require_range
 
 NamedParameters = Iterable[tuple[str, Parameter]]
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """AdamW over each rank's own part of every parameter, in one pass over memory. torch's dispatch of lists of
+    DTensors costs the host milliseconds in which the device has nothing to do.
+
+    grad_divisor: what the next step divides gradients by, in the pass over them that it makes anyway; None is 1.
+    """
+
+    grad_divisor: Tensor | None = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether `grad_divisor` is heeded. It is fp32, which gradients in fp64 must not be rounded to."""
+        return all(p.dtype == torch.float32 for group in self.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """As torch's, without closures, `amsgrad`, and `maximize`."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in parameters]
+            steps = [local(state["step"]) for state in states]
+            torch._foreach_add_(steps, 1)
+            here, grads = [local(p) for p in parameters], [local(p.grad).contiguous() for p in parameters]
+            moments = tuple([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            rates = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+            if parameters and fused(here[0]) and self.divides and all(p.is_contiguous() for p in here):
+                import moetrain_kernels
+
+                moetrain_kernels.adamw(
+                    here, grads, moments, steps, betas=group["betas"], divisor=self.grad_divisor, **rates
+                )
+                continue
+            rates |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "grad_scale": self.grad_divisor}
+            torch._fused_adamw_(here, grads, *moments, [], steps, amsgrad=False, maximize=False, **rates)
+        self.grad_divisor = None
 
 
 def build(
@@ -52,7 +91,7 @@ def build(
     if not groups:
         raise ValueError("the model has no parameter that needs a gradient")
     on_cuda = all(p.device.type == "cuda" for group in groups.values() for p in group["params"])
-    optimizer = torch.optim.AdamW(
+    optimizer = (FusedAdamW if on_cuda else torch.optim.AdamW)(
         list(groups.values()),
         lr=lr,
         betas=(float(betas[0]), float(betas[1])),
