@@ -2,9 +2,9 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/tables.py [--shapes olmoe ...] [--tables chosen hopper ...] [--zipf 0]
 
-A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every
-layer step follows a limit step, and all tables take turns. Prints the ratios, and per kernel its device milliseconds inside a step, in launch
-order.
+A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every layer step
+follows a limit step, and all tables take turns. Prints the ratios, and per kernel its device milliseconds inside a
+step, in launch order.
 """
 
 from __future__ import annotations

@@ -134,19 +134,7 @@ def _consume(
             gate = gl.load(gate_S + slot, mask=rows < end, other=0.0).to(gl.float32)
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                dy_halves,
-                w_ring,
-                full,
-                empty,
-                acc,
-                stage,
-                phase,
-                K_TILES,
-                part,
-                False,
-                False,
-                True,
-                STAGES,
+                dy_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, False, True, STAGES
             )
             dgate = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, PART))
             for i in gl.static_range(PARTS):  # the results take H's place in the ring and leave from there
@@ -249,7 +237,8 @@ def down_grad_ws_kernel(
                         dy_view, w_view, full, empty, 0, F, D, BN, BK, STAGES, LEAD)),
             (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, box, told, heard, dy_halves, w_ring, w_halves,
                         dy_view, w_view, full, empty, 1, F, D, BN, BK, STAGES, LEAD)),
-            (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, dy_ring, w_ring, up_ring, full, empty,
+            (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard,
+                        dy_ring, w_ring, up_ring, full, empty,
                         F, D, K, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],
         [4, 4],

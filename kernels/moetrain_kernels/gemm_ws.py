@@ -148,19 +148,7 @@ def _consume(
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)
             acc, stage, phase = multiply(
-                a_halves,
-                w_ring,
-                full,
-                empty,
-                acc,
-                stage,
-                phase,
-                K_TILES,
-                part,
-                False,
-                W_NC,
-                GATHER,
-                STAGES,
+                a_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, W_NC, GATHER, STAGES
             )
             if UP:
                 gates, ups = halves(acc, HALF, WIDTH)
@@ -247,7 +235,8 @@ def rows_ws_kernel(
                         N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
             (_consume, (out_desc, act_desc, box, told, heard, a_halves, w_ring, full, empty, staging, view, 1,
                         N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
-            (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard, a_ring, w_target, full, empty,
+            (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard,
+                        a_ring, w_target, full, empty,
                         N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],
         [4, 4 if GATHER else 1],

@@ -223,19 +223,7 @@ def _consume(
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
-                left,
-                right,
-                full,
-                empty,
-                acc,
-                stage,
-                phase,
-                steps,
-                part,
-                True,
-                False,
-                True,
-                STAGES,
+                left, right, full, empty, acc, stage, phase, steps, part, True, False, True, STAGES
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
