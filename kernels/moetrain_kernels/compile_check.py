@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from . import (
     combine,
     configs,
+    dtypes,
     experts,
     gemm,
     gemm_ws,
@@ -37,7 +38,20 @@ from . import (
     weight_grad_ws,
 )
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router, softmax_loss, rotation, norm, update)
+KERNEL_MODULES = (
+    plan,
+    up,
+    gemm,
+    combine,
+    swiglu_grad,
+    weight_grad,
+    router,
+    softmax_loss,
+    rotation,
+    norm,
+    update,
+    dtypes,
+)
 RING_MODULES = (gemm_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
@@ -115,6 +129,9 @@ def compile_model() -> None:
     for gradient in (True, False):
         constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
         softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
+    narrow, wide, scale = torch.empty(4096, dtype=torch.bfloat16), torch.empty(4096), torch.empty(())
+    for args, scaled in (((narrow, wide, narrow), False), ((wide, narrow, scale), True)):
+        dtypes.launch_convert((1, 1, 1), (*args, 4096), {"BLOCK": dtypes.BLOCK, "SCALED": scaled}, num_warps=8)
     state = torch.empty(6, 4096).unbind()
     args = (*state, 4096, 0, 1e-3, 0.1, 0.05, 1e-8, 1e-4)
     update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK}, num_warps=4)
