@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.collectives import all_reduce_sum
-from moetrain.model.fused import fused
+from moetrain.moe.fused import fused
 
 
 def chunked_cross_entropy(
@@ -79,10 +79,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_TD, grad_weight_VD = (
-            None if saved is None else torch.mul(saved, grad, out=torch.empty_like(saved, dtype=ctx.dtype))
-            for saved in ctx.saved_tensors
+            None if saved is None else _scaled(saved, grad, ctx.dtype) for saved in ctx.saved_tensors
         )
         return grad_h_TD, grad_weight_VD, None, None, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if fused(x):
+        import moetrain_kernels
+
+        return moetrain_kernels.convert(x, dtype, scale)
+    return (x * scale).to(dtype)
 
 
 def _spans(tokens: int, chunk: int) -> list[slice]:

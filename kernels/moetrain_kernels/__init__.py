@@ -1,6 +1,7 @@
 """Triton kernels for mixture-of-experts models: layers, loss, and update. Imports torch and triton only."""
 
 from . import reference
+from .dtypes import convert
 from .experts import moe_experts
 from .launch import available
 from .norm import add_rms_norm, rms_norm
@@ -15,6 +16,7 @@ __all__ = [
     "adamw",
     "add_rms_norm",
     "available",
+    "convert",
     "cross_entropy",
     "moe_experts",
     "norm_rope",

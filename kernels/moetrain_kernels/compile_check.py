@@ -22,6 +22,7 @@ from . import (
     combine,
     configs,
     down_grad_ws,
+    dtypes,
     experts,
     gemm,
     gemm_ws,
@@ -41,7 +42,7 @@ from . import (
 )
 
 KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans)
-KERNEL_MODULES += (router, softmax_loss, rotation, norm, update)
+KERNEL_MODULES += (router, softmax_loss, rotation, norm, update, dtypes)
 RING_MODULES = (gemm_ws, down_grad_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
@@ -134,6 +135,9 @@ def compile_model() -> None:
     for gradient in (True, False):
         constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
         softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
+    narrow, wide, scale = torch.empty(4096, dtype=torch.bfloat16), torch.empty(4096), torch.empty(())
+    for args, scaled in (((narrow, wide, narrow), False), ((wide, narrow, scale), True)):
+        dtypes.launch_convert((1, 1, 1), (*args, 4096), {"BLOCK": dtypes.BLOCK, "SCALED": scaled}, num_warps=8)
     state = torch.empty(6, 4096).unbind()
     args = (*state, 4096, 0, 1e-3, 0.1, 0.05, 1e-8, 1e-4)
     update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK}, num_warps=4)

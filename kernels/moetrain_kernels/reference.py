@@ -172,6 +172,11 @@ def norm_rope(
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def convert(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x * scale in `dtype`."""
+    return (x if scale is None else x * scale).to(dtype)
+
+
 def adamw(
     parameters: list[torch.Tensor],
     grads: list[torch.Tensor],

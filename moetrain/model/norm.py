@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.model.fused import fused
+from moetrain.moe.fused import fused
 
 
 class RMSNorm(nn.Module):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moetrain.comm.shards import local
 from moetrain.moe.dispatch.base import Dispatcher
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.base import ExpertBackend
+from moetrain.moe.fused import fused
 from moetrain.moe.types import Routing
 
 
@@ -31,5 +35,23 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         weights = (local(self.w_gate_up), local(self.w_down))
         if self.compute_dtype is not None:
-            weights = (weights[0].to(self.compute_dtype), weights[1].to(self.compute_dtype))
+            weights = (_Cast.apply(weights[0], self.compute_dtype), _Cast.apply(weights[1], self.compute_dtype))
         return self.dispatcher(x_TD, routing, self.backend, weights)
+
+
+class _Cast(torch.autograd.Function):
+    """A weight in another dtype; its gradient comes back in the weight's own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return weight.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if not fused(grads[0]):
+            return grads[0].to(ctx.dtype), None
+        import moetrain_kernels
+
+        return moetrain_kernels.convert(grads[0], ctx.dtype), None

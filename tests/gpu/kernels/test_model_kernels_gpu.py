@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moetrain_kernels import adamw, add_rms_norm, cross_entropy, norm_rope, reference, rms_norm
+from moetrain_kernels import adamw, add_rms_norm, convert, cross_entropy, norm_rope, reference, rms_norm
 
 from moetrain.loss import chunked_cross_entropy
 from moetrain.moe.router.common import router_logits
@@ -102,6 +102,13 @@ def test_router_logits():
     torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=1e-4, atol=2e-5)
     near(found[0][1], found[1][1])
     near(found[0][2], found[1][2])
+
+
+def test_convert():
+    g = torch.Generator("cuda").manual_seed(0)
+    x, scale = torch.randn(1001, 513, generator=g, device="cuda"), torch.tensor(0.37, device="cuda")
+    assert torch.equal(convert(x.bfloat16(), torch.float32), x.bfloat16().float())
+    assert torch.equal(convert(x.T, torch.bfloat16, scale), (x.T * scale).bfloat16())
 
 
 def test_adamw():

@@ -5,7 +5,7 @@ Needs TRITON_INTERPRET=1 from the start of the process: test_interpreted.py runs
 
 import pytest
 import torch
-from moetrain_kernels import adamw, add_rms_norm, cross_entropy, launch, norm_rope, reference, rms_norm
+from moetrain_kernels import adamw, add_rms_norm, convert, cross_entropy, launch, norm_rope, reference, rms_norm
 
 pytestmark = [
     pytest.mark.unit,
@@ -126,10 +126,24 @@ def test_adamw_equals_the_reference(divided):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(5000,), (3, 7), (0, 4), (4096, 2)])
+def test_convert_equals_the_reference(shape):
+    g = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(shape, generator=g), torch.tensor(0.37)
+    assert torch.equal(convert(x.bfloat16(), torch.float32), x.bfloat16().float())
+    scaled = convert(x.transpose(0, -1), torch.bfloat16, scale)  # not contiguous
+    assert scaled.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        scaled, (x.transpose(0, -1) * scale).bfloat16(), rtol=2**-7, atol=0
+    )  # the interpreter truncates
+
+
 def test_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="fp32"):
         cross_entropy(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), torch.ones(2) > 0)
     x, weight, tables, _ = inputs(1, 6, "projected", False)
+    with pytest.raises(ValueError, match="fp32"):
+        convert(torch.zeros(2), torch.float64)
     half = [torch.zeros(2, dtype=torch.bfloat16)]
     with pytest.raises(ValueError, match="fp32"):
         adamw(half, half, (half, half), [torch.ones(())], lr=0.1, betas=(0.9, 0.9), eps=0.1, weight_decay=0.0)
