@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ class Experts(nn.Module):
 
     The exchange runs inside this module: FSDP gathers the weights once around all of it, and reduces their gradient
     once, however many calls of the backend it takes.
+    slot_E: where each expert is among all ranks' (parallel/placement.py), and -1 at the end; None in logical order.
     """
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int, backend: ExpertBackend) -> None:
@@ -25,6 +28,9 @@ class Experts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
         self.backend = backend
         self.dispatcher: Dispatcher = LocalDispatch()
+        self.slot_E: Tensor | None = None
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if self.slot_E is not None:
+            routing = replace(routing, expert_TK=self.slot_E[routing.expert_TK.clamp(min=-1)])
         return self.dispatcher(x_TD, routing, self.backend, (local(self.w_gate_up), local(self.w_down)))
