@@ -1,11 +1,11 @@
 """Which rank of the ep group holds which expert: hot experts change places with cold ones of other ranks.
 
-A step is as slow as its fullest rank. Experts may lie anywhere, as long as every rank has E / ep of them: so where load
-stays uneven, experts are moved ("FasterMoE" and others; EPLB of DeepSeek-V3, arXiv:2412.19437, section 3.4; Hecate's
-sharded experts, arXiv:2502.02581). Here they are moved, not copied: an expert above the mean rank's load stays too much.
+A step is as slow as its fullest rank. Experts may lie anywhere, as long as every rank has E / ep of them: so where
+load stays uneven, experts are moved (EPLB of DeepSeek-V3, arXiv:2412.19437, section 3.4; Hecate, arXiv:2502.02581).
+Both also copy hot experts; here they only move, so one that has more than a mean rank's load keeps its rank too full.
 
-Shape suffixes: L MoE layers, E experts, R ranks of the ep group. slot_E: for each expert the place where it is, of which
-rank r has those from r * E / R on. In logical order slot_E is 0, 1, 2, ...
+Shape suffixes: L MoE layers, E experts, R ranks of the ep group. slot_E: for each expert the place where it is; rank r
+has E / R of them, from r * E / R on. In logical order slot_E is 0, 1, 2, ...
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def load_metrics(
     entropy_L: sum over valid tokens of the entropy, in nats, of the router's distribution over experts.
     dropped_L: chosen (token, expert) pairs that capacity dropped.
     tokens: valid tokens of the global batch.
-    rank_LE: on the CPU, the rank of the ep group that has each expert, every rank equally many; None without such ranks.
+    rank_LE: on the CPU, the rank of the ep group that has each expert, all equally many; None without such ranks.
 
     Per layer, with c = count over experts and m its mean:
     load_max_over_mean = max(c) / m: 1 is perfect balance, E is collapse onto one expert.

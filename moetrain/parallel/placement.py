@@ -1,8 +1,8 @@
 """Experts move between the ranks of an ep group, and everything that belongs to them follows.
 
 `moe/placement.py` says where to. A router's numbers, and whatever is counted by them, stay logical: only
-`Experts.slot_E`, between router and dispatcher, knows the slots. Weights and optimizer state lie in slot order, except in
-checkpoints, which know no placement (docs/decisions/070-experts-move-in-place.md).
+`Experts.slot_E`, between router and dispatcher, knows the slots. Weights and optimizer state lie in slot order, but not
+in checkpoints, which know no placement (docs/decisions/070-experts-move-in-place.md).
 """
 
 from __future__ import annotations
@@ -120,14 +120,14 @@ class ExpertPlacement:
 
     def _check(self) -> None:
         """Raise ValueError for optimizer state that could not follow its expert."""
-        for layer in self.layers.values():
-            for parameter in layer.experts.parameters():
-                for name, value in self.optimizer.state.get(parameter, {}).items():
-                    if value.dim() and not (isinstance(value, DTensor) and value.placements == parameter.placements):
-                        raise ValueError(
-                            f"dispatch.placement.every={self.rule.every}: the optimizer's {name!r} is not divided as its "
-                            "experts are and cannot follow them; nearest legal value: 0"
-                        )
+        for parameter in (p for layer in self.layers.values() for p in layer.experts.parameters()):
+            assert isinstance(parameter, DTensor)
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                if value.dim() and not (isinstance(value, DTensor) and value.placements == parameter.placements):
+                    raise ValueError(
+                        f"dispatch.placement.every={self.rule.every}: the optimizer's {name!r} is not divided as the "
+                        "experts are and cannot follow them; nearest legal value: 0"
+                    )
 
 
 def following(layer: MoELayer, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from moetrain.comm.shards import local
 from moetrain.moe import placement
 from moetrain.parallel import placement as moves
 from moetrain.testing import run_ranks
@@ -68,13 +67,15 @@ def test_muon_follows(documents, tmp_path, shuffled):
     alone, _ = run_ranks(record, 1, overrides(documents, tmp_path / "one", *muon), 3)[0]
     options = overrides(documents, tmp_path / "run", *muon, *EACH_STEP, "parallel.ep=2", micro_batch=4)
     run, _ = run_ranks(record, 2, options, 3)[0]
-    assert moved(run) and worst(run, alone) < BAR
+    assert moved(run)
+    assert worst(run, alone) < BAR
 
 
 @pytest.mark.parametrize("fault", ["optimizer state stays", "weights stay", "tokens go where experts were"])
 def test_what_does_not_follow_is_noticed(fault, documents, single, tmp_path, shuffled, monkeypatch):
     if fault == "optimizer state stays":
-        monkeypatch.setattr(moves, "following", lambda layer, _: [local(p).detach() for p in layer.experts.parameters()])
+        plain = moves.following  # weight, two moments, weight, two moments
+        monkeypatch.setattr(moves, "following", lambda layer, optimizer: plain(layer, optimizer)[::3])
     elif fault == "weights stay":
         monkeypatch.setattr(moves, "exchange_rows", lambda *_: None)
     else:
@@ -84,7 +85,7 @@ def test_what_does_not_follow_is_noticed(fault, documents, single, tmp_path, shu
 
 
 def test_a_save_changes_nothing_and_any_layout_resumes(documents, single, tmp_path):
-    """Straight; saved and interrupted between decisions; resumed alone, and on another ep with and without placement."""
+    """Straight; saved and interrupted between decisions; resumed alone, on another ep with and without placement."""
     here = tmp_path / "broken"
     ep2 = ["parallel.ep=2", "dispatch.placement.every=3", "dispatch.placement.threshold=1.0"]
 
@@ -104,7 +105,8 @@ def test_a_save_changes_nothing_and_any_layout_resumes(documents, single, tmp_pa
 
     straight, weights = run_ranks(record, 2, overrides(documents, tmp_path / "straight", *ep2, micro_batch=4), 7)[0]
     broken, resumed = run_ranks(interrupted, 2)[0]
-    assert "experts_moved" in straight[2].row and worst(straight, single) < BAR
+    assert "experts_moved" in straight[2].row
+    assert worst(straight, single) < BAR
     for mine, theirs in zip(broken, straight, strict=True):
         assert timeless(mine.row) == timeless(theirs.row)
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
@@ -126,7 +128,7 @@ def test_a_roll_back_goes_back_to_the_checkpoints_placement(documents, tmp_path)
         record_steps(trainer, 3)
         trainer.save()
         before = state()
-        record_steps(trainer, 3)
+        record_steps(trainer, 2)
         between = state()
         trainer._roll_back("a test")
         after = state()
@@ -142,7 +144,7 @@ def test_a_roll_back_goes_back_to_the_checkpoints_placement(documents, tmp_path)
 
 def test_forced_skew_is_evened_out_and_measured_as_it_is(documents, tmp_path):
     """The metric is derived from counts and the placement; here every rank counts what its experts are given."""
-    zipf = ["router=forced", "router.distribution=zipf", "router.exponent=1.0", "balance=none"]
+    zipf = ["router=forced", "router.distribution=zipf", "router.exponent=1.0"]
     options = overrides(documents, tmp_path, *zipf, *ON, "parallel.ep=4", "model.moe.n_experts=16", micro_batch=2)
 
     def run():
@@ -178,4 +180,5 @@ def test_forced_skew_is_evened_out_and_measured_as_it_is(documents, tmp_path):
         assert row["rank_load_max_over_mean"] == pytest.approx(worst_layer, rel=1e-12)
     loads = [row["rank_load_max_over_mean"] for row in rows]
     print(loads)
-    assert min(loads[:2]) > 1.7 and max(loads[2:]) < 1.25
+    assert min(loads[:2]) > 2.5
+    assert max(loads[2:]) < 1.4  # the hottest expert alone has 1.2 of a mean rank's load

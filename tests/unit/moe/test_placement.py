@@ -32,7 +32,12 @@ def test_one_swap_balances():
 
 def test_a_plan_starts_where_experts_are():
     slot_E = torch.tensor([2, 0, 3, 1])  # rank 0 has experts 1 and 3, rank 1 has 0 and 2
-    assert swapped(torch.tensor([30, 1, 30, 1]), slot_E, 2).tolist() == [0, 2, 3, 1]  # 61 to 31: one of the thirties goes
+    assert swapped(torch.tensor([30, 1, 30, 1]), slot_E, 2).tolist() == [
+        0,
+        2,
+        3,
+        1,
+    ]  # 61 to 31: one of the thirties goes
 
 
 def test_a_hot_expert_gets_the_coldest_company():
@@ -44,7 +49,9 @@ def test_a_hot_expert_gets_the_coldest_company():
 @pytest.mark.parametrize("seed", range(5))
 def test_near_the_best_of_all_placements(seed):
     """8 experts on 4 ranks: all 105 ways to pair them."""
-    count_E = (1000 / torch.arange(1, 9) ** 0.8).long()[torch.randperm(8, generator=torch.Generator().manual_seed(seed))]
+    count_E = (1000 / torch.arange(1, 9) ** 0.8).long()[
+        torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    ]
     slot_E = swapped(count_E, torch.arange(8), 4)
     assert sorted(slot_E.tolist()) == list(range(8))
     found = int(rank_loads(count_E[None], slot_E[None], 4).max())
