@@ -227,12 +227,13 @@ class Trainer:
         return action
 
     def _roll_back(self, why: str) -> None:
-        """To the newest checkpoint, but for the data, which goes on behind the bad batch."""
+        """To the newest intact checkpoint, but for the data, which goes on behind the bad batch."""
         self.saver.wait()
-        path = on_rank0(self.store.latest)
+        path, damaged = self.store.newest_intact()
         if path is None:
             raise RuntimeError(f"{why}; no checkpoint to roll back to")
-        state = self.store.load(path, self.model, self.optimizer)
+        self.log.began([], damaged)
+        state = self.store.load(path, self.model, self.optimizer, checked=True)
         self.placement.load_state_dict(state)
         bad, self.step = self.step + 1, int(state["step"])
         self.optimizer.zero_grad(set_to_none=True)

@@ -57,7 +57,8 @@ class Case:
         degrees = [f"parallel.{key}={value}" for key, value in self.degrees.items()]
         # What experts=auto measures to be fastest may differ between layouts, and so may its rounding.
         experts = ["experts=grouped_mm"] if cuda and precision == "bf16" else []
-        return [*(CUDA_MODEL if cuda else MODEL), *data, *run, *degrees, *experts, *self.extra]
+        chunks = ["dispatch.chunks=1"] if cuda else []  # measuring which number is best would take longer than the run
+        return [*(CUDA_MODEL if cuda else MODEL), *data, *run, *degrees, *experts, *chunks, *self.extra]
 
 
 def _case(world: int, *extra: str, micro_steps: int = 2, quick: bool = False, **degrees: int) -> Case:
