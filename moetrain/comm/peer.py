@@ -43,7 +43,7 @@ class PeerMemory(Protocol):
         """What follows beside waits until this rank's flag is at least `value`."""
 
     def mark(self, beside: bool = False) -> Any:
-        """A point in the work, for `after`."""
+        """A point in the work, for one `after`."""
 
     def after(self, mark: Any, beside: bool = False) -> None:
         """What follows waits for that point."""
@@ -66,6 +66,7 @@ class SymmetricMemory:
         # Priority gives it hardware queues of its own: a wait at the head of a shared one would hold other streams up.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._raw = self._stream.cuda_stream
+        self._events: list[torch.cuda.Event] = []  # unused ones: making them costs the host more than recording
         self._addresses = list(self._handle.buffer_ptrs)
 
     def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -91,12 +92,13 @@ class SymmetricMemory:
         self._driver.wait(self._raw, self._address(self.rank, flag), value)
 
     def mark(self, beside: bool = False) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+        event = self._events.pop() if self._events else torch.cuda.Event()
         event.record(self._stream if beside else None)
         return event
 
     def after(self, mark: torch.cuda.Event, beside: bool = False) -> None:
         mark.wait(self._stream if beside else None)
+        self._events.append(mark)  # the wait took note of the event's present record
 
     def _address(self, rank: int, flag: int) -> int:
         assert 0 <= 4 * flag < FLAG_BYTES
