@@ -13,6 +13,8 @@ import triton.language as tl
 from .launch import Launcher, cdiv, device_traits, interpreting, power_of_2
 
 ROW_ELEMENTS = 4096  # of one block of rows
+PROGRAMS = 12  # of the backward pass, on each multiprocessor
+GRAD_ELEMENTS = 1024  # and in the backward pass, where a program takes many blocks and holds more of each
 
 
 @triton.jit
@@ -97,7 +99,7 @@ def norm_rope_grad_kernel(
 ):
     """dx [B, S, H, d]; with NORM each program's part of the weight's gradient, in halves."""
     i = tl.arange(0, HALF)[None, :]
-    dw0, dw1 = tl.zeros((1, HALF), tl.float32), tl.zeros((1, HALF), tl.float32)
+    dw0, dw1 = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
     if NORM:
         w0, w1 = _halves(i * 0, i, i < d // 2, d, INTERLEAVED, weight_d)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
@@ -116,8 +118,8 @@ def norm_rope_grad_kernel(
             x0, x1 = _halves((b * x_b + s * x_s + h * x_h)[:, None], i, inside, d, INTERLEAVED, x_ptr)
             scale = tl.rsqrt((tl.sum(x0 * x0, axis=1) + tl.sum(x1 * x1, axis=1)) / d + eps)[:, None]
             n0, n1 = x0 * scale, x1 * scale
-            dw0 += tl.sum(g0 * n0, axis=0)[None, :]
-            dw1 += tl.sum(g1 * n1, axis=0)[None, :]
+            dw0 += g0 * n0
+            dw1 += g1 * n1
             g0, g1 = g0 * w0, g1 * w1
             mean = ((tl.sum(g0 * n0, axis=1) + tl.sum(g1 * n1, axis=1)) / d)[:, None]
             g0, g1 = (g0 - n0 * mean) * scale, (g1 - n1 * mean) * scale
@@ -131,8 +133,8 @@ def norm_rope_grad_kernel(
             tl.store(dx_ptr + out + i + d // 2, g1.to(dtype), mask=inside)
     if NORM:
         part = tl.program_id(0).to(tl.int64) * d + i
-        tl.store(part_Pd + part, dw0, mask=i < d // 2)
-        tl.store(part_Pd + part + d // 2, dw1, mask=i < d // 2)
+        tl.store(part_Pd + part, tl.sum(dw0, axis=0)[None, :], mask=i < d // 2)
+        tl.store(part_Pd + part + d // 2, tl.sum(dw1, axis=0)[None, :], mask=i < d // 2)
 
 
 launch_norm_rope = Launcher(norm_rope_kernel)
@@ -148,7 +150,7 @@ class NormRope(torch.autograd.Function):
             x_BHSd = x_BHSd.contiguous()
         batch, heads, length, d = x_BHSd.shape
         y_BSHd = torch.empty(batch, length, heads, d, dtype=x_BHSd.dtype, device=x_BHSd.device)
-        constants = _constants(x_BHSd, weight_d, interleaved)
+        constants = _constants(x_BHSd, weight_d, interleaved, ROW_ELEMENTS)
         rows = batch * heads * length
         strides = (x_BHSd.stride(0), x_BHSd.stride(2), x_BHSd.stride(1))
         weight = x_BHSd if weight_d is None else weight_d  # not looked at then
@@ -169,10 +171,10 @@ class NormRope(torch.autograd.Function):
         batch, heads, length, d = dy_BHSd.shape
         x = dy_BHSd if x_BHSd is None else x_BHSd  # without a norm x is not looked at
         dx_BSHd = torch.empty(batch, length, heads, d, dtype=x.dtype, device=x.device)
-        constants = _constants(x, weight_d, interleaved)
+        constants = _constants(x, weight_d, interleaved, GRAD_ELEMENTS)
         rows = batch * heads * length
         blocks = cdiv(rows, constants["ROWS"])
-        programs = blocks if weight_d is None else min(blocks, 8 * device_traits(x.device)[0])
+        programs = blocks if weight_d is None else min(blocks, PROGRAMS * device_traits(x.device)[0])
         part_Pd = x.new_zeros(0 if weight_d is None else max(programs, 1), d, dtype=torch.float32)
         weight = x if weight_d is None else weight_d
         strides = [t.stride(n) for t in (x, dy_BHSd) for n in (0, 2, 1)]
@@ -188,14 +190,14 @@ class NormRope(torch.autograd.Function):
         return dx_BSHd.transpose(1, 2), dweight_d, None, None, None, None
 
 
-def _constants(x_BHSd: torch.Tensor, weight_d: torch.Tensor | None, interleaved: bool) -> dict:
+def _constants(x_BHSd: torch.Tensor, weight_d: torch.Tensor | None, interleaved: bool, elements: int) -> dict:
     heads, d = x_BHSd.shape[1], x_BHSd.shape[3]
     half = power_of_2(d // 2)
     return {
         "H": heads,
         "d": d,
         "HALF": half,
-        "ROWS": max(1, ROW_ELEMENTS // (2 * half)),
+        "ROWS": max(1, elements // (2 * half)),
         "NORM": weight_d is not None,
         "INTERLEAVED": interleaved,
     }
