@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moetrain.moe import placement
+from moetrain.optim.build import build_optimizer
 from moetrain.parallel import placement as moves
-from moetrain.testing import run_ranks
+from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import flips, open_trainer, record, record_steps, worst
 
@@ -82,6 +83,18 @@ def test_what_does_not_follow_is_noticed(fault, documents, single, tmp_path, shu
         monkeypatch.setattr(moves.ExpertPlacement, "_set", lambda self, slot_LE: setattr(self, "slot_LE", slot_LE))
     run, _ = run_ranks(record, 2, overrides(documents, tmp_path, *EACH_STEP, "parallel.ep=2", micro_batch=4), 3)[0]
     assert worst(run, single) > 1e-6, f"{fault}: unnoticed"
+
+
+def test_state_that_cannot_follow_is_refused(documents, tmp_path, monkeypatch):
+    def with_row_norms(optim, named):
+        optimizer, schedule = build_optimizer(optim, named)
+        for _, parameter in named:
+            optimizer.state[parameter]["row_norm"] = torch.zeros(parameter.shape[0])
+        return optimizer, schedule
+
+    monkeypatch.setattr("moetrain.trainer.build_optimizer", with_row_norms)
+    with pytest.raises(RankFailure, match=r"dispatch\.placement\.every=2: .*'row_norm'.*nearest legal value: 0"):
+        run_ranks(record, 2, overrides(documents, tmp_path, *ON, "parallel.ep=2", micro_batch=4), 1)
 
 
 def test_a_save_changes_nothing_and_any_layout_resumes(documents, single, tmp_path):
