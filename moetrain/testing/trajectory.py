@@ -166,6 +166,12 @@ def compare(run: list[Step], reference: list[Step]) -> Difference:
     return Difference(loss, norm, gradient, where)
 
 
+def farthest(differences: list[Difference]) -> Difference:
+    """The largest of each error."""
+    worst = max(differences, key=lambda d: d.gradient)
+    return Difference(max(d.loss for d in differences), max(d.norm for d in differences), worst.gradient, worst.where)
+
+
 def worst(run: list[Step], reference: list[Step]) -> float:
     """The largest error of any kind of `run`, which may be shorter than the reference; prints all of them."""
     difference = compare(run, reference[: len(run)])
