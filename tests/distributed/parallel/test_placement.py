@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moetrain.moe import placement
+from moetrain.optim.build import build_optimizer
 from moetrain.parallel import placement as moves
-from moetrain.testing import run_ranks
+from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import flips, open_trainer, record, record_steps, worst
 
@@ -84,8 +85,20 @@ def test_what_does_not_follow_is_noticed(fault, documents, single, tmp_path, shu
     assert worst(run, single) > 1e-6, f"{fault}: unnoticed"
 
 
+def test_state_that_cannot_follow_is_refused(documents, tmp_path, monkeypatch):
+    def with_row_norms(optim, named):
+        optimizer, schedule = build_optimizer(optim, named)
+        for _, parameter in named:
+            optimizer.state[parameter]["row_norm"] = torch.zeros(parameter.shape[0])
+        return optimizer, schedule
+
+    monkeypatch.setattr("moetrain.trainer.build_optimizer", with_row_norms)
+    with pytest.raises(RankFailure, match=r"dispatch\.placement\.every=2: .*'row_norm'.*nearest legal value: 0"):
+        run_ranks(record, 2, overrides(documents, tmp_path, *ON, "parallel.ep=2", micro_batch=4), 1)
+
+
 def test_a_save_changes_nothing_and_any_layout_resumes(documents, single, tmp_path):
-    """Straight; saved and interrupted between decisions; resumed alone, on another ep with and without placement."""
+    """Straight; saved and interrupted between decisions; resumed alone, and on another ep with placement."""
     here = tmp_path / "broken"
     ep2 = ["parallel.ep=2", "dispatch.placement.every=3", "dispatch.placement.threshold=1.0"]
 
@@ -111,8 +124,8 @@ def test_a_save_changes_nothing_and_any_layout_resumes(documents, single, tmp_pa
         assert timeless(mine.row) == timeless(theirs.row)
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     back = f"run.resume={here / 'checkpoints' / 'step_00000005'}"
-    for world, degrees in ((1, []), (4, ["parallel.ep=4"]), (4, ["parallel.ep=4", *EACH_STEP])):
-        options = overrides(documents, tmp_path / f"{world}{len(degrees)}", back, *degrees, micro_batch=8 // world)
+    for world, degrees in ((1, []), (4, ["parallel.ep=4", *EACH_STEP])):
+        options = overrides(documents, tmp_path / fstr(world), back, *degrees, micro_batch=8 // world)
         assert worst(run_ranks(record, world, options, 2)[0][0], single[5:7]) < BAR
 
 
