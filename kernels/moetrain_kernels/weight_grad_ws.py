@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from .launch import Launcher, Ring, cdiv
 from .spans import WeightRows
+from .weight_tiles import count_turns, locate, rows_of
 from .ws import (
     HALF,
     column_part,
@@ -17,51 +18,6 @@ from .ws import (
     pass_over,
     ring_desc,
 )
-
-
-@gluon.jit
-def _locate(
-    turn,
-    spans_E,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    BN: gl.constexpr,
-    GROUP: gl.constexpr,
-    P: gl.constexpr,
-    PIECES: gl.constexpr,
-):
-    """(where its expert's spans stand, row tile, column tile) of this program's tile in round `turn`.
-
-    Odd rounds run backwards: tiles come longest first, and the program that got the longest of one round should get
-    the shortest of the next.
-    """
-    M_TILES: gl.constexpr = (M + 2 * HALF - 1) // (2 * HALF)
-    N_TILES: gl.constexpr = (N + BN - 1) // BN
-    PER_EXPERT: gl.constexpr = M_TILES * N_TILES
-    pid = gl.program_id(0)
-    tile = turn * P + gl.where(turn % 2 == 0, pid, P - 1 - pid)
-    at = spans_E + (1 + 2 * PIECES) * (tile // PER_EXPERT)
-    inside = tile % PER_EXPERT
-    first = inside // (GROUP * N_TILES) * GROUP
-    size = gl.minimum(M_TILES - first, GROUP)
-    m = first + inside % (GROUP * N_TILES) % size
-    return at, m, inside % (GROUP * N_TILES) // size
-
-
-@gluon.jit
-def _span(at, piece: gl.constexpr):
-    """(first row, end row) of an expert in a piece."""
-    return gl.load(at + 1 + 2 * piece), gl.load(at + 2 + 2 * piece)
-
-
-@gluon.jit
-def _turns(TILES: gl.constexpr, P: gl.constexpr):
-    """Rounds in which this program has a tile."""
-    pid = gl.program_id(0)
-    full: gl.constexpr = TILES // P
-    rest: gl.constexpr = TILES % P
-    place = pid if full % 2 == 0 else P - 1 - pid
-    return full + (place < rest).to(gl.int32)
 
 
 @gluon.jit
@@ -152,12 +108,12 @@ def _produce(
     lane_col = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for turn in range(turns):
-        span, m, n = _locate(turn, spans_E, M, N, BN, GROUP, P, PIECES)
+        at, m, n = locate(turn, spans_E, M, N, BN, GROUP, P, PIECES)
         x_col = m * (2 * HALF) if GATHER_LEFT else n * BN
         r_col = n * BN if GATHER_LEFT else m * (2 * HALF)
         cols = x_col + lane_col
         for piece in gl.static_range(PIECES):
-            row, end = _span(span, piece)
+            row, end = rows_of(at, piece)
             x_piece, slots, base = x_ptr, slot_R, 0
             if PIECES > 1:
                 x_piece = x_ptr + gl.load(bases_P4 + 4 * piece) * 8
@@ -212,10 +168,10 @@ def _consume(
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, slot = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for turn in range(turns):
-        span, m, n = _locate(turn, spans_E, M, N, BN, GROUP, P, PIECES)
-        expert, steps = gl.load(span), 0
+        at, m, n = locate(turn, spans_E, M, N, BN, GROUP, P, PIECES)
+        expert, steps = gl.load(at), 0
         for piece in gl.static_range(PIECES):
-            row, end = _span(span, piece)
+            row, end = rows_of(at, piece)
             steps += (end - row + BK - 1) // BK
         out_row = (2 * m + part) * HALF
         if part == 1 and LEAD:  # out of step with consumer 0 from the start
@@ -286,7 +242,7 @@ def weight_grad_ws_kernel(
     VIEW: gl.constexpr = [2 * BUFS, 1, COLS, HALF] if FLIP else [2 * BUFS, 1, HALF, COLS]
     staging = gl.allocate_shared_memory(dtype, SHAPE, FLAT)
     view = staging._reinterpret(dtype, VIEW, out_desc.layout)
-    turns = _turns(TILES, P)
+    turns = count_turns(TILES, P)
     # fmt: off
     gl.warp_specialize(
         [
