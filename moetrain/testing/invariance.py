@@ -45,6 +45,7 @@ FP64_BAR, FP32_BAR, REPLAY_BAR = 1e-9, 1e-5, 3.0
 ROUNDED = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}  # precisions whose rounding makes routing flip
 OTHER_MICRO_STEPS = 1, 4  # of one process; two are the rule
 EPS = {"fp32": torch.finfo(torch.float32).eps, "bf16": torch.finfo(torch.bfloat16).eps}
+SANE = {"fp32": FP32_BAR, "bf16": 0.1}  # more than this is no rounding, and the bars would mean nothing
 RANKS_IN_TURN = 4  # layouts that share one set of CUDA ranks, whose start takes longer than a layout
 
 
@@ -156,6 +157,7 @@ def references(bench: Bench) -> dict[str, Noise]:
         orders = [Case(1, micro_steps=n) for n in OTHER_MICRO_STEPS]
         rounded = [run, *(bench.train(o, precision, f"replay={tape}", f"{o.micro_steps} steps") for o in orders)]
         first = farthest([compare(other[:1], truth[:1]) for other in rounded])
+        assert first.worst < SANE[precision], f"one process in {precision} is not itself in fp64: {first}"
         noise[precision] = Noise(EPS[precision], first, farthest([compare(other, truth) for other in rounded]))
     torch.save((runs, noise), bench.path / "references.pt")
     return noise

@@ -67,7 +67,9 @@ def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Te
     def capture(*_: object) -> None:
         missing = [name for name, parameter in parameters.items() if parameter.grad is None]
         assert not missing, f"{missing} have no gradient"
-        seen.update({name: _here(parameter.grad) for name, parameter in parameters.items()})
+        divisor = getattr(trainer.optimizer, "grad_divisor", None)  # an update that clips as it goes
+        scale = 1.0 if divisor is None else 1.0 / float(divisor)
+        seen.update({name: _here(parameter.grad) * scale for name, parameter in parameters.items()})
 
     handle = trainer.optimizer.register_step_pre_hook(capture)
     rows, held, slots = [], [], []
