@@ -125,7 +125,7 @@ def test_a_save_changes_nothing_and_any_layout_resumes(documents, single, tmp_pa
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     back = f"run.resume={here / 'checkpoints' / 'step_00000005'}"
     for world, degrees in ((1, []), (4, ["parallel.ep=4", *EACH_STEP])):
-        options = overrides(documents, tmp_path / fstr(world), back, *degrees, micro_batch=8 // world)
+        options = overrides(documents, tmp_path / str(world), back, *degrees, micro_batch=8 // world)
         assert worst(run_ranks(record, world, options, 2)[0][0], single[5:7]) < BAR
 
 
