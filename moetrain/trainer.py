@@ -31,13 +31,13 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.types import TokenContext, Totals
 from moetrain.observe.describe import describe
 from moetrain.observe.load import load_metrics
-from moetrain.observe.reduce import StepSums, reduce_step
+from moetrain.observe.reduce import Told, read_step, reduce_step
 from moetrain.observe.run_log import RunLog
 from moetrain.observe.tape import RoutingTape
 from moetrain.observe.throughput import Throughput
 from moetrain.optim.adamw import fill_missing_gradients
 from moetrain.optim.build import build_optimizer
-from moetrain.optim.clip import clip_, grad_norm
+from moetrain.optim.clip import clip_for, grad_norm
 from moetrain.optim.guard import BadStepGuard
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
@@ -47,7 +47,7 @@ from moetrain.parallel.pp import Work
 from moetrain.parallel.tp import sum_replicated_gradients
 from moetrain.plan.params import flops_per_token
 
-LOSS_CHUNK = 2048  # tokens whose logits exist at one time
+LOSS_CHUNK = 4096  # tokens whose logits exist at one time
 
 
 class Trainer:
@@ -68,6 +68,7 @@ class Trainer:
         self.meshes = build_meshes(layout, device.type)
         self.loader = build_loader(config, self.meshes.dp_rank, layout.dp)
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
+        self.place_here_S = self.place_S.to(device)
         built = build_parallel_model(config, self.meshes, device)
         self.model, self.pipeline, self.loss_names = built.model, built.pipeline, built.loss_names
         self.experts_choice = built.experts
@@ -149,14 +150,15 @@ class Trainer:
         fill_missing_gradients(self.parameters)
         sum_replicated_gradients(self.parameters, self.meshes)
         norm = self._grad_norm()
+        told = read_step(sums, norm, totals.tokens, self.guard.flag(sums.ce_loss, sums.loss, norm))
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
         multiplier = self.schedule(self.step, self.config.train.steps)
-        wrong = self.guard.judge(sums.ce_loss, sums.loss, norm)
+        wrong = self.guard.judge(told.wrong, told.values["ce_loss"], told.values["loss"], told.values["grad_norm"])
         if wrong:
             if self._bad_step(wrong, sample_ids) == "rollback":
                 return {}, False
         else:
-            clip_(self.parameters, self.config.train.max_grad_norm, norm)
+            clip_for(self.optimizer, self.parameters, self.config.train.max_grad_norm, norm)
             self.saver.before_update()
             for layer, count_E in zip(layers, sums.count_LE):
                 for plugin in layer.plugins().values() if layer else ():
@@ -168,14 +170,14 @@ class Trainer:
             self.pipeline.after_update()
         self.step += 1
         self.log.samples(self.step, self.meshes.dp_rank, sample_ids)
-        row = self._row(sums, norm, totals, multiplier)
+        row = self._row(told, multiplier)
         if wrong:
             row["skipped"] = 1
-        elif moved := self.placement.after_step(self.step, sums.count_LE):
+        elif moved := self.placement.after_step(self.step, told.count_LE):
             row["experts_moved"] = moved
         if self.tape.replay is not None:
             row["routing_flips"] = int(sum_over(self.step_groups, flips))
-        return row, sums.stop.item() > 0
+        return row, told.stop
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -277,22 +279,22 @@ class Trainer:
         rows = batch.token_BS.shape[0]
         first = (number * self.layout.dp + self.meshes.dp_rank) * rows
         row_B1 = torch.arange(first, first + rows, device=self.device)[:, None]
-        return row_B1 * self.config.train.seq_len + self.place_S.to(self.device)
+        return row_B1 * self.config.train.seq_len + self.place_here_S
 
     def _grad_norm(self) -> Tensor:
         if self.pipeline is None:
             return grad_norm(self.parameters)
         return grad_norm(self.pipeline.counted(self.parameters), self.pipeline.group)
 
-    def _row(self, sums: StepSums, norm: Tensor, totals: Totals, multiplier: float) -> dict[str, Any]:
-        terms = {"loss": sums.loss, "ce_loss": sums.ce_loss, **sums.losses}
-        values = torch.stack([*terms.values(), norm.double(), totals.tokens]).tolist()
-        row: dict[str, Any] = {"step": self.step, **dict(zip(terms, values)), "grad_norm": values[-2]}
-        row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(values[-1])}
-        row |= self.throughput.step(int(values[-1]))
+    def _row(self, told: Told, multiplier: float) -> dict[str, Any]:
+        tokens = told.values.pop("tokens")
+        row: dict[str, Any] = {"step": self.step, **told.values}
+        row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(tokens)}
+        row |= self.throughput.step(int(tokens))
         if exposed_s := self.saver.exposed_s():
             row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
-            counted = (sums.count_LE, sums.entropy_L, sums.dropped_L)
-            row |= load_metrics(self.moe_numbers, *counted, values[-1], self.placement.rank_LE)
+            row |= load_metrics(
+                self.moe_numbers, told.count_LE, told.entropy_L, told.dropped_L, tokens, self.placement.rank_LE
+            )
         return row
