@@ -294,7 +294,6 @@ class Trainer:
         if exposed_s := self.saver.exposed_s():
             row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
-            row |= load_metrics(
-                self.moe_numbers, told.count_LE, told.entropy_L, told.dropped_L, tokens, self.placement.rank_LE
-            )
+            counted = (told.count_LE, told.entropy_L, told.dropped_L)
+            row |= load_metrics(self.moe_numbers, *counted, tokens, self.placement.rank_LE)
         return row

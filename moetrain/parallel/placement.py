@@ -59,14 +59,15 @@ class ExpertPlacement:
         return rank_of(self.slot_LE, self.ranks) if self.ranks > 1 else None
 
     def after_step(self, step: int, count_LE: Tensor) -> int:
-        """Count a step's choices (over the whole global batch) and decide if it is time to; returns how many experts
-        moved. Collective. Call it when gradients are gone and `Saver.before_update` was called."""
+        """Count a step's choices (of the whole global batch, on the CPU) and decide if it is time to; returns how many
+        experts moved. Collective. Call it when gradients are gone and `Saver.before_update` was called."""
         if not self.rule.every:
             return 0
-        self.count_LE = count_LE if self.count_LE is None else count_LE + self.count_LE.to(count_LE.device)
+        count_LE = count_LE.long()  # exact, however long the window; and as JSON gives it back
+        self.count_LE = count_LE if self.count_LE is None else count_LE + self.count_LE
         if step % self.rule.every:
             return 0
-        plan_LE = self.rule.plan(self.count_LE.cpu(), self.slot_LE, self.ranks)
+        plan_LE = self.rule.plan(self.count_LE, self.slot_LE, self.ranks)
         moved = int((plan_LE != self.slot_LE).sum())
         self.count_LE = None
         self._move(plan_LE)
