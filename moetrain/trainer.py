@@ -17,12 +17,12 @@ from moetrain.checkpoint.lock import run_lock
 from moetrain.checkpoint.resume import begin
 from moetrain.checkpoint.saver import Saver
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.comm.collectives import all_reduce_sum, sum_over
+from moetrain.comm.collectives import sum_over
 from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest
 from moetrain.comm.watchdog import Watchdog
 from moetrain.config.schema import Config
-from moetrain.data.batch import Batch
+from moetrain.data.batch import Batch, global_totals
 from moetrain.data.loader import build_loader
 from moetrain.loss import chunked_cross_entropy
 from moetrain.mesh.build import build_meshes
@@ -42,6 +42,7 @@ from moetrain.optim.guard import BadStepGuard
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
 from moetrain.parallel.cp import held_places
+from moetrain.parallel.placement import ExpertPlacement
 from moetrain.parallel.pp import Work
 from moetrain.parallel.tp import sum_replicated_gradients
 from moetrain.plan.params import flops_per_token
@@ -86,7 +87,9 @@ class Trainer:
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
         self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
         self.step = self.beginning.step
+        self.placement = ExpertPlacement(config, self.meshes, self.moe_layers, self.optimizer)
         if self.beginning.state:
+            self.placement.load_state_dict(self.beginning.state)
             self.loader.load_state_dict(self.beginning.state["data"])
             self.guard.bad = self.beginning.state.get("bad_steps", 0)
         on_rank0(lambda: self.store.set_aside_newer(self.beginning.keeps))
@@ -136,7 +139,7 @@ class Trainer:
         """One optimizer step. Returns its metrics row (empty: rolled back) and whether any rank was asked to stop."""
         seed_step(self.config.run.seed, self.step)
         batches = [self._mine(batch) for batch in self.loader.next_step()]
-        totals = self._totals(batches)
+        totals = global_totals(batches, self.layout.dp, self.meshes.data)
         self.tape.begin(self.step + 1, self.config.train.global_batch * self.config.train.seq_len)
         work = [self._work(batch, totals, number) for number, batch in enumerate(batches)]
         ce_loss = self.pipeline.train(work) if self.pipeline else self._accumulate(work)
@@ -170,6 +173,8 @@ class Trainer:
         row = self._row(told, multiplier)
         if wrong:
             row["skipped"] = 1
+        elif moved := self.placement.after_step(self.step, told.count_LE):
+            row["experts_moved"] = moved
         if self.tape.replay is not None:
             row["routing_flips"] = int(sum_over(self.step_groups, flips))
         return row, told.stop
@@ -180,7 +185,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batches in self.loader.validation(self.config.train.eval_batches):
             for batch in map(self._mine, batches):
-                work = replace(self._work(batch, self._totals([batch])), share=1.0)
+                work = replace(self._work(batch, global_totals([batch], self.layout.dp, self.meshes.data)), share=1.0)
                 sums[0] += self.pipeline.evaluate(work) if self.pipeline else self._loss(work).double()
                 if self.pipeline is None or self.pipeline.is_last:
                     sums[1] += batch.loss_mask_BS.sum()
@@ -195,8 +200,10 @@ class Trainer:
         self.guard.check_weights(self.parameters, self.step)
         known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
         state = {"step": self.step, "data": self.loader.state_dict(), "val_loss": known, "bad_steps": self.guard.bad}
+        state |= self.placement.state_dict()
         layout = {**self.layout.attention, **self.layout.expert, "world": self.layout.world}
-        self.saver.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
+        with self.placement.logical(self.saver.before_update):
+            self.saver.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
 
     def _tell_saves(self) -> None:
         for outcome in self.saver.finished():
@@ -228,8 +235,9 @@ class Trainer:
         if path is None:
             raise RuntimeError(f"{why}; no checkpoint to roll back to")
         self.log.began([], damaged)
-        bad = self.step + 1
-        self.step = int(self.store.load(path, self.model, self.optimizer, checked=True)["step"])
+        state = self.store.load(path, self.model, self.optimizer, checked=True)
+        self.placement.load_state_dict(state)
+        bad, self.step = self.step + 1, int(state["step"])
         self.optimizer.zero_grad(set_to_none=True)
         if self.pipeline:
             self.pipeline.after_update()
@@ -278,17 +286,6 @@ class Trainer:
             return grad_norm(self.parameters)
         return grad_norm(self.pipeline.counted(self.parameters), self.pipeline.group)
 
-    def _totals(self, batches: list[Batch]) -> Totals:
-        local = torch.stack(
-            [
-                torch.stack([b.loss_mask_BS.sum() for b in batches]).sum(),
-                torch.stack([(b.document_BS >= 0).sum() for b in batches]).sum(),
-            ]
-        ).double()
-        loss_tokens, tokens = all_reduce_sum(local, self.meshes.data).clamp(min=1)
-        rows = sum(len(b.sample_ids) for b in batches) * self.layout.dp
-        return Totals(loss_tokens, tokens, rows, len(batches))
-
     def _row(self, told: Told, multiplier: float) -> dict[str, Any]:
         tokens = told.values.pop("tokens")
         row: dict[str, Any] = {"step": self.step, **told.values}
@@ -297,5 +294,7 @@ class Trainer:
         if exposed_s := self.saver.exposed_s():
             row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
-            row |= load_metrics(self.moe_numbers, told.count_LE, told.entropy_L, told.dropped_L, tokens)
+            row |= load_metrics(
+                self.moe_numbers, told.count_LE, told.entropy_L, told.dropped_L, tokens, self.placement.rank_LE
+            )
         return row

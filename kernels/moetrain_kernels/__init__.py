@@ -6,12 +6,14 @@ from .dtypes import convert
 from .experts import moe_experts
 from .launch import available
 from .norm import add_rms_norm, rms_norm
+from .pieces import ExpertPieces
 from .rotation import norm_rope
 from .router import route_topk
 from .softmax_loss import cross_entropy
 from .update import adamw
 
 __all__ = [
+    "ExpertPieces",
     "adamw",
     "add_rms_norm",
     "available",

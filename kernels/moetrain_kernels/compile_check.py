@@ -22,16 +22,19 @@ from . import (
     combine,
     configs,
     dense,
+    down_grad_ws,
     dtypes,
     experts,
     gemm,
     gemm_ws,
     launch,
     norm,
+    pieces,
     plan,
     rotation,
     router,
     softmax_loss,
+    spans,
     swiglu_grad,
     up,
     update,
@@ -39,9 +42,9 @@ from . import (
     weight_grad_ws,
 )
 
-EXPERT_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad)
-KERNEL_MODULES = (*EXPERT_MODULES, router, softmax_loss, rotation, norm, update, dtypes, dense)
-RING_MODULES = (gemm_ws, weight_grad_ws)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans)
+KERNEL_MODULES += (router, softmax_loss, rotation, norm, update, dtypes, dense)
+RING_MODULES = (gemm_ws, down_grad_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 
@@ -82,6 +85,7 @@ def compiling_for(arch: int, report: list[tuple[str, int]]) -> Iterator[None]:
         triton.runtime.driver.set_active(_Driver(arch))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(configs, "device_traits", return_value=(132, arch)))
+        stack.enter_context(mock.patch.object(pieces, "check"))  # which would ask for CUDA tensors
         yield
 
 
@@ -98,6 +102,20 @@ def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (
     rows = plan.sort_rows(expert_TK, num_experts, config.block_m)
     _, h_R2F = experts.forward(x_TD, rows, gate_TK, *weights, config)
     experts.backward(x_TD, x_TD, rows, gate_TK, weights, h_R2F, config, (True, True, True))
+
+
+def compile_pieces(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (2048, 1024)) -> None:
+    """The weight gradients of a layer in two pieces."""
+    num_d, num_f = dims
+    work = pieces.ExpertPieces(
+        torch.empty(2, 2, num_f, num_d, dtype=dtype), torch.empty(2, num_d, num_f, dtype=dtype), (True,) * 4
+    )
+    x_TD, expert_TK = torch.empty(num_tokens, num_d, dtype=dtype), torch.zeros(num_tokens, 2, dtype=torch.int64)
+    for _ in range(2):
+        work.start(x_TD.clone(), expert_TK, torch.empty(num_tokens, 2))
+    for number in range(2):
+        work.start_gradients(number, x_TD)
+    work.weight_gradients()
 
 
 def compile_router() -> None:
@@ -146,6 +164,8 @@ def check(arch: int) -> bool:
         "bf16, few rows": partial(compile_layer, torch.bfloat16, 16),
         "fp16, odd D": partial(compile_layer, torch.float16, 1024, (2056, 1024)),
         "fp32": partial(compile_layer, torch.float32, 1024),
+        "bf16, pieces": partial(compile_pieces, torch.bfloat16, 1024),
+        "fp16, pieces": partial(compile_pieces, torch.float16, 1024, (2056, 1024)),
         "router": compile_router,
         "attention, loss": compile_model,
     }

@@ -17,10 +17,10 @@ class Kept:
 
     expert_TK: the chosen experts. keep_TK: those that capacity did not drop.
     rows: (rows sent, rows received) per rank of an exchange, which need no second one.
-    calls: None before the exchange's first pass, then what its recomputed pass leaves for the backward pass.
+    work: None before the exchange's first pass, then what its recomputed pass leaves for the backward pass.
     """
 
     expert_TK: Tensor | None = None
     keep_TK: Tensor | None = None
     rows: tuple[list[int], list[int]] | None = None
-    calls: list[Any] | None = None
+    work: list[Any] | None = None

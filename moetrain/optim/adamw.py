@@ -45,17 +45,30 @@ class FusedAdamW(torch.optim.AdamW):
             steps = [local(state["step"]) for state in states]
             torch._foreach_add_(steps, 1)
             here, grads = [local(p) for p in parameters], [local(p.grad).contiguous() for p in parameters]
-            moments = tuple([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
-            rates = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+            first, second = ([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            (beta1, beta2), lr, eps, decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]
             if parameters and fused(here[0]) and self.divides and all(p.is_contiguous() for p in here):
                 import moetrain_kernels
 
-                moetrain_kernels.adamw(
-                    here, grads, moments, steps, betas=group["betas"], divisor=self.grad_divisor, **rates
-                )
+                rates = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": decay}
+                moetrain_kernels.adamw(here, grads, (first, second), steps, divisor=self.grad_divisor, **rates)
                 continue
-            rates |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "grad_scale": self.grad_divisor}
-            torch._fused_adamw_(here, grads, *moments, [], steps, amsgrad=False, maximize=False, **rates)
+            torch._fused_adamw_(
+                here,
+                grads,
+                first,
+                second,
+                [],
+                steps,
+                amsgrad=False,
+                maximize=False,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=decay,
+                eps=eps,
+                grad_scale=self.grad_divisor,
+            )
         self.grad_divisor = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Experts(nn.Module):
     The exchange runs inside this module: FSDP gathers the weights once around all of it, and reduces their gradient
     once, however many calls of the backend it takes. compute_dtype: what the weights are multiplied in, where no FSDP
     stands around them (parallel/fsdp.py); None is their own.
+    slot_E: where each expert is among all ranks' (parallel/placement.py), and -1 at the end; None in logical order.
     """
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int, backend: ExpertBackend) -> None:
@@ -31,8 +33,11 @@ class Experts(nn.Module):
         self.backend = backend
         self.dispatcher: Dispatcher = LocalDispatch()
         self.compute_dtype: torch.dtype | None = None
+        self.slot_E: Tensor | None = None
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if self.slot_E is not None:
+            routing = replace(routing, expert_TK=self.slot_E[routing.expert_TK.clamp(min=-1)])
         weights = (local(self.w_gate_up), local(self.w_down))
         if self.compute_dtype is not None:
             weights = (_Cast.apply(weights[0], self.compute_dtype), _Cast.apply(weights[1], self.compute_dtype))

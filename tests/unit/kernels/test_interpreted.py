@@ -20,7 +20,14 @@ def run(*arguments: str, interpret: bool) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "name", ["interpreted.py", "interpreted_router.py", "interpreted_dtypes.py", "interpreted_model.py"]
+    "name",
+    [
+        "interpreted.py",
+        "interpreted_pieces.py",
+        "interpreted_router.py",
+        "interpreted_dtypes.py",
+        "interpreted_model.py",
+    ],
 )
 def test_kernels_under_the_interpreter(name):
     cases = Path(__file__).with_name(name)
