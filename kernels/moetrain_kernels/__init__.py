@@ -1,6 +1,7 @@
 """Triton kernels for mixture-of-experts models: layers, loss, and update. Imports torch and triton only."""
 
 from . import reference
+from .dense import swiglu
 from .dtypes import convert
 from .experts import moe_experts
 from .launch import available
@@ -23,4 +24,5 @@ __all__ = [
     "reference",
     "rms_norm",
     "route_topk",
+    "swiglu",
 ]

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from . import (
     combine,
     configs,
+    dense,
     down_grad_ws,
     dtypes,
     experts,
@@ -42,7 +43,7 @@ from . import (
 )
 
 KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans)
-KERNEL_MODULES += (router, softmax_loss, rotation, norm, update, dtypes)
+KERNEL_MODULES += (router, softmax_loss, rotation, norm, update, dtypes, dense)
 RING_MODULES = (gemm_ws, down_grad_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
@@ -138,6 +139,9 @@ def compile_model() -> None:
     narrow, wide, scale = torch.empty(4096, dtype=torch.bfloat16), torch.empty(4096), torch.empty(())
     for args, scaled in (((narrow, wide, narrow), False), ((wide, narrow, scale), True)):
         dtypes.launch_convert((1, 1, 1), (*args, 4096), {"BLOCK": dtypes.BLOCK, "SCALED": scaled}, num_warps=8)
+    h_T2F = torch.empty(64, 2, 1536, dtype=torch.bfloat16, requires_grad=True)
+    y_TF = dense.SwiGLU.apply(h_T2F[:, 0], h_T2F[:, 1])
+    torch.autograd.grad(y_TF, h_T2F, y_TF.detach())
     state = torch.empty(6, 4096).unbind()
     args = (*state, 4096, 0, 1e-3, 0.1, 0.05, 1e-8, 1e-4)
     update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK}, num_warps=4)

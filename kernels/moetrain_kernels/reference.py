@@ -144,6 +144,11 @@ def cross_entropy(
     return loss_C, torch.where(mask_C[:, None], grad_CV, 0.0).to(grad_dtype)
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up; differentiable."""
+    return functional.silu(gate) * up
+
+
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; differentiable."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D

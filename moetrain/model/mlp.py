@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.model.core import Gather, whole
+from moetrain.moe.fused import silu_times
 
 
 class SwiGLU(nn.Module):
@@ -23,4 +23,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_BSD = self.gather(x_BSD)
-        return self.w_down(F.silu(self.w_gate(x_BSD)) * self.w_up(x_BSD))
+        return self.w_down(silu_times(self.w_gate(x_BSD), self.w_up(x_BSD)))

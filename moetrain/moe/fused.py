@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,8 +14,22 @@ def fused(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and _available()
 
 
-@functools.cache
+def silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if fused(gate):
+        import moetrain_kernels
+
+        return moetrain_kernels.swiglu(gate, up)
+    return F.silu(gate) * up
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look inside
 def _available() -> bool:
+    return _look()
+
+
+@functools.cache
+def _look() -> bool:
     try:
         import moetrain_kernels  # here: not every machine has Triton, and none without a GPU needs it
     except ImportError:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.moe.fused import silu_times
+
 
 class SharedExperts(nn.Module):
     """w_gate_up [2, F, D], w_down [D, F], F the hidden width of all shared experts together; gate [1, D] if gated."""
@@ -18,5 +20,5 @@ class SharedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         h_T2F = F.linear(x_TD, self.w_gate_up.flatten(0, 1)).unflatten(-1, (2, -1))
-        y_TD = F.linear(F.silu(h_T2F[:, 0]) * h_T2F[:, 1], self.w_down)
+        y_TD = F.linear(silu_times(h_T2F[:, 0], h_T2F[:, 1]), self.w_down)
         return y_TD if self.gate is None else F.linear(x_TD, self.gate).sigmoid() * y_TD

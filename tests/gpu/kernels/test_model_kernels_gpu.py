@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moetrain_kernels import adamw, add_rms_norm, convert, cross_entropy, norm_rope, reference, rms_norm
+from moetrain_kernels import adamw, add_rms_norm, convert, cross_entropy, norm_rope, reference, rms_norm, swiglu
 
 from moetrain.loss import chunked_cross_entropy
 from moetrain.moe.router.common import router_logits
@@ -102,6 +102,19 @@ def test_router_logits():
     torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=1e-4, atol=2e-5)
     near(found[0][1], found[1][1])
     near(found[0][2], found[1][2])
+
+
+def test_swiglu():
+    g = torch.Generator("cuda").manual_seed(0)
+    h = torch.randn(1001, 2, 1536, generator=g, device="cuda").bfloat16()
+    upstream = torch.randn(1001, 1536, generator=g, device="cuda").bfloat16()
+    found = []
+    for multiply, dtype in ((swiglu, torch.bfloat16), (reference.swiglu, torch.float64)):
+        leaf = h.to(dtype, copy=True).requires_grad_()
+        y = multiply(leaf[:, 0], leaf[:, 1])
+        found.append([y.detach(), *torch.autograd.grad(y, leaf, upstream.to(dtype))])
+    for mine, theirs in zip(*found):
+        near(mine, theirs)
 
 
 def test_convert():

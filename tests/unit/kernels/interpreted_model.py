@@ -5,7 +5,7 @@ Needs TRITON_INTERPRET=1 from the start of the process: test_interpreted.py runs
 
 import pytest
 import torch
-from moetrain_kernels import adamw, add_rms_norm, convert, cross_entropy, launch, norm_rope, reference, rms_norm
+from moetrain_kernels import adamw, add_rms_norm, convert, cross_entropy, launch, norm_rope, reference, rms_norm, swiglu
 
 pytestmark = [
     pytest.mark.unit,
@@ -136,6 +136,23 @@ def test_convert_equals_the_reference(shape):
     torch.testing.assert_close(
         scaled, (x.transpose(0, -1) * scale).bfloat16(), rtol=2**-7, atol=0
     )  # the interpreter truncates
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 40), (7, 3000), (0, 8)])
+def test_swiglu_equals_the_reference(shape):
+    g = torch.Generator().manual_seed(0)
+    both, upstream = torch.randn(*shape[:-1], 2, shape[-1], generator=g) * 3, torch.randn(shape, generator=g)
+    found = []
+    for multiply, dtype in ((swiglu, torch.float32), (reference.swiglu, torch.float64)):
+        joint = both.to(dtype, copy=True).requires_grad_()  # gate and up as halves of one product, and apart
+        apart = [t.contiguous().requires_grad_() for t in both.to(dtype, copy=True).unbind(-2)]
+        y, z = multiply(*joint.unbind(-2)), multiply(*apart)
+        assert y.is_contiguous()
+        weights = upstream.to(dtype)
+        grads = [*torch.autograd.grad(y, joint, weights), *torch.autograd.grad(z, apart, weights)]
+        found.append([y.detach(), z.detach(), *grads])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_refuse_what_does_not_fit():

@@ -12,6 +12,9 @@ from moetrain.config.model import AttentionConfig, ModelConfig, RopeConfig
 from moetrain.model import norm, rope
 from moetrain.model.attention import GQA, MLA
 from moetrain.model.core import share
+from moetrain.model.mlp import SwiGLU
+from moetrain.moe import fused as choice
+from moetrain.moe.shared import SharedExperts
 from moetrain.testing.fake import fake_context
 
 pytestmark = pytest.mark.unit
@@ -34,6 +37,7 @@ def called(monkeypatch):
     stand_in("norm_rope")
     stand_in("cross_entropy")
     stand_in("convert")
+    stand_in("swiglu")
     stand_in("rms_norm")
     stand_in("add_rms_norm")
     return names
@@ -78,6 +82,23 @@ def test_norm_and_residual(called, monkeypatch):
         loss = total.square().sum() + y.pow(3).sum() + module(x).sin().sum()
         found.append([total.detach(), y.detach(), *torch.autograd.grad(loss, [x, delta, module.weight])])
     assert called == ["add_rms_norm", "rms_norm"]
+    for plain, fused in zip(*found):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_swiglu(called, monkeypatch):
+    torch.manual_seed(0)
+    layers = [SwiGLU(6, 10).double(), SharedExperts(6, 10, gated=True).double()]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr(choice, "fused", lambda _, kernels=kernels: kernels)
+        y = sum(layer(x) for layer in layers)
+        found.append(torch.autograd.grad(y.sin().sum(), [x, *parameters]))
+    assert called == ["swiglu"] * 2
     for plain, fused in zip(*found):
         torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
