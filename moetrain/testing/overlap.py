@@ -53,10 +53,10 @@ SHAPES = [
 ]
 ZIPF = {"balanced": 0.0, "skewed": 0.6}
 TRANSPORTS = {  # name: (module, chunk counts of which the best is shown)
+    "copy_engine": (copy_engine, (2, 3, 4)),
+    "allgather": (allgather, (1, 2, 4)),
     "NCCL serial": (collective, (1,)),
     "NCCL chunked": (collective, (2, 3, 4, 6)),
-    "allgather": (allgather, (1, 2, 4)),
-    "copy_engine": (copy_engine, (2, 3, 4)),
 }
 Layer = Callable[[Tensor, Routing, ExpertBackend, Weights], Tensor]
 
@@ -225,6 +225,7 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
     rows: list[str] = []
     some = ExchangeShape(shape.T, shape.D, shape.K, torch.bfloat16, "cuda")
     for label in transports:
+        shown = len(rows)
         module, counts = TRANSPORTS[label]
         try:
             best = None
@@ -249,7 +250,7 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
         except (ValueError, RuntimeError) as problem:  # a transport that cannot run must not end the table
             rows.append(f"{head} | {label} | failed: {str(problem).splitlines()[0][:100]} |||||||")
         if rank == 0:
-            print(rows[-1], file=sys.stderr, flush=True)
+            print(*rows[shown:], sep="\n", file=sys.stderr, flush=True)
     return rows
 
 
