@@ -282,16 +282,15 @@ def main(argv: list[str] | None = None) -> int:
         print("needs two GPUs or more; --dry-run prints the plan", file=sys.stderr)
         return 1
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    lines = ["| layer | transport | forward ms | x compute | host | forward + backward ms | x compute | host | error |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    head = "| layer | transport | forward ms | x compute | host | forward + backward ms | x compute | host | error |"
+    lines = [head, "|---" * 9 + "|"]
     for shape in shapes:
         for kind in options.routing:
             lines += measure(shape, kind, options.transports, rank, ranks)
             torch.cuda.empty_cache()
         lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||||"] * (ranks != 4)
     if rank == 0:
-        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-        print("\n".join(lines))
+        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}", *lines, sep="\n")
     stop_distributed()
     return 1 if any("WRONG" in line for line in lines) else 0
 
