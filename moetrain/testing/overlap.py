@@ -53,10 +53,10 @@ SHAPES = [
 ]
 ZIPF = {"balanced": 0.0, "skewed": 0.6}
 TRANSPORTS = {  # name: (module, chunk counts of which the best is shown)
+    "copy_engine": (copy_engine, (2, 3, 4)),
+    "allgather": (allgather, (1, 2, 4)),
     "NCCL serial": (collective, (1,)),
     "NCCL chunked": (collective, (2, 3, 4, 6)),
-    "allgather": (allgather, (1, 2, 4)),
-    "copy_engine": (copy_engine, (2, 3, 4)),
 }
 Layer = Callable[[Tensor, Routing, ExpertBackend, Weights], Tensor]
 
@@ -225,6 +225,7 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
     rows: list[str] = []
     some = ExchangeShape(shape.T, shape.D, shape.K, torch.bfloat16, "cuda")
     for label in transports:
+        shown = len(rows)
         module, counts = TRANSPORTS[label]
         try:
             best = None
@@ -249,7 +250,7 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
         except (ValueError, RuntimeError) as problem:  # a transport that cannot run must not end the table
             rows.append(f"{head} | {label} | failed: {str(problem).splitlines()[0][:100]} |||||||")
         if rank == 0:
-            print(rows[-1], file=sys.stderr, flush=True)
+            print(*rows[shown:], sep="\n", file=sys.stderr, flush=True)
     return rows
 
 
@@ -281,16 +282,15 @@ def main(argv: list[str] | None = None) -> int:
         print("needs two GPUs or more; --dry-run prints the plan", file=sys.stderr)
         return 1
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    lines = ["| layer | transport | forward ms | x compute | host | forward + backward ms | x compute | host | error |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    head = "| layer | transport | forward ms | x compute | host | forward + backward ms | x compute | host | error |"
+    lines = [head, "|---" * 9 + "|"]
     for shape in shapes:
         for kind in options.routing:
             lines += measure(shape, kind, options.transports, rank, ranks)
             torch.cuda.empty_cache()
         lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||||"] * (ranks != 4)
     if rank == 0:
-        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-        print("\n".join(lines))
+        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}", *lines, sep="\n")
     stop_distributed()
     return 1 if any("WRONG" in line for line in lines) else 0
 
