@@ -25,13 +25,21 @@ from moetrain.moe.types import Routing
 
 
 def exchange(
-    x_TD: Tensor, routing: Routing, trip: Trip, experts: ExpertBackend, weights: Weights, first_expert: int
+    x_TD: Tensor,
+    routing: Routing,
+    trip: Trip,
+    experts: ExpertBackend,
+    weights: Weights,
+    first_expert: int,
+    n_experts: int | None = None,
 ) -> Tensor:
     """y_TD = sum over chosen experts of gate * expert(x), with the rows moved by `trip`. Collective over its ranks.
 
-    first_expert: the global number of this rank's expert 0.
+    first_expert: the global number of the first expert that `experts` reaches; n_experts: how many it reaches, this
+    rank's if not said.
     """
-    job = _Job(trip, experts, first_expert, weights[1].shape[0], routing.kept, torch.is_grad_enabled())
+    reached = weights[1].shape[0] if n_experts is None else n_experts
+    job = _Job(trip, experts, first_expert, reached, routing.kept, torch.is_grad_enabled())
     return _Exchange.apply(x_TD, routing.gate_TK, routing.expert_TK, *weights, job)
 
 
