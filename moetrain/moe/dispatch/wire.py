@@ -15,6 +15,7 @@ from moetrain.moe.dispatch.base import ExchangeShape
 WIRES = ("full", "fp8")
 FP8 = torch.float8_e4m3fn
 TOP = 8  # the largest entry lies below 2^TOP scales; e4m3 ends at 1.75 * 2^8
+LARGEST = 240.0  # of e4m3 below 2^TOP: rounding up to 2^TOP could leave bf16's range
 LEAST = -126  # exponent of the smallest normal fp32, the smallest scale
 
 
@@ -27,7 +28,7 @@ def encode(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     exponent_T1 = (torch.frexp(largest_T1).exponent - TOP).clamp(min=LEAST)
     scale_T1 = ((exponent_T1 + 127) << 23).view(torch.float32)
     scale_T1 = torch.where(largest_T1.isfinite(), scale_T1, torch.nan)
-    return (x_TD / scale_T1).to(FP8).view(torch.uint8), scale_T1
+    return (x_TD / scale_T1).clamp_(-LARGEST, LARGEST).to(FP8).view(torch.uint8), scale_T1
 
 
 def decode(byte_TD: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:

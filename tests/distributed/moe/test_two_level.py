@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ D, H, E, K, WORLD, LOCAL, MOST = 8, 6, 8, 3, 4, 2, 11
 SHAPE = ExchangeShape(tokens=MOST, d_model=D, top_k=K, dtype=torch.float64, device_type="cpu")
 LANDING = replace(SHAPE, tokens=MOST * WORLD // LOCAL)
 CASES = ["uneven", "one_node_only", "all_to_one_expert", "nothing"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """What backward passes and recomputation import for seconds when first used: here, before ranks are forked."""
+    import_module("torch.fx.experimental.symbolic_shapes")
+    checkpoint(torch.clone, torch.ones(1, requires_grad=True), use_reentrant=False)
 
 
 def data(rank, case):
