@@ -64,11 +64,12 @@ class TwoLevelDispatch:
             trip, most = self._trip(routing, chunks)
             bounds = iter(most)
 
-            def in_node(x_MD: Tensor, slot_MK: Tensor, gate_MK: Tensor, *own: Tensor) -> Tensor:
-                landed = replace(
-                    routing, expert_TK=slot_MK, gate_TK=gate_MK, kept=None, bounded=False, most=next(bounds)
-                )
-                return self.inside(x_MD, landed, experts, (own[0], own[1]))
+            def in_node(
+                x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
+            ) -> Tensor:
+                landed = replace(routing, expert_TK=expert_TK, gate_TK=gate_TK, kept=None, bounded=False)
+                landed = replace(landed, most=next(bounds))
+                return self.inside(x_TD, landed, experts, (w_gate_up_E2FD, w_down_EDF))
 
             first = self.node * self.node_experts
             return exchange(x_TD, routing, trip, in_node, weights, first, self.node_experts)
