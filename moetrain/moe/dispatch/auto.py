@@ -25,11 +25,14 @@ def build(
         return local.build(n_experts, group, shape)
     ep = group.size()
     nodes = find_nodes(group, shape.device_type, node_size)
-    if two_level.unfit(nodes) is None:
+    unfit = two_level.unfit(nodes)
+    if unfit is None:
         _say("two_level", f"{len(nodes)} nodes of {len(nodes[0])} ranks share ep={ep}")
         return two_level.build(n_experts, group, shape, chunks, node_size)
     gather = shape.top_k >= GATHER_FROM * ep
     comparison = f"top_k={shape.top_k} {'>=' if gather else '<'} {GATHER_FROM} x ep={ep}"
+    if len(nodes) > 1:
+        comparison += f"; two_level {unfit}"
     _say("allgather" if gather else "collective", comparison)
     return (allgather if gather else collective).build(n_experts, group, shape, chunks)
 

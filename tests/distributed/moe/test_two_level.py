@@ -227,6 +227,18 @@ def test_nodes(monkeypatch):
     assert "consecutive" in irregular([[0, 2], [1, 3]])
 
 
+def test_gpus_that_cannot_read_each_other_are_nodes(monkeypatch):
+    def one(reaches):
+        monkeypatch.setattr(torch.cuda, "current_device", dist.get_rank)
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", reaches)
+        return find_nodes(dist.group.WORLD, "cuda")
+
+    assert run_ranks(one, WORLD, lambda a, b: a // 2 == b // 2) == [[[0, 1], [2, 3]]] * WORLD
+    assert run_ranks(one, WORLD, lambda a, b: True) == [[[0, 1, 2, 3]]] * WORLD
+    chain = run_ranks(one, WORLD, lambda a, b: abs(a - b) == 1)[0]  # 0 reads 1, 1 reads 2, but 0 does not read 2
+    assert two_level.unfit(chain) is not None
+
+
 def test_auto_takes_two_levels_across_nodes_and_says_why(capfd):
     def one(node_size):
         return type(auto.build(E, dist.group.WORLD, SHAPE, 1, node_size)).__name__
@@ -236,6 +248,7 @@ def test_auto_takes_two_levels_across_nodes_and_says_why(capfd):
     assert "dispatch two_level (2 nodes of 2 ranks share ep=4)" in said
     assert "inside a node allgather (copy_engine needs GPUs, not cpu)" in said
     assert set(run_ranks(one, WORLD, 1)) == {"CollectiveDispatch"}
+    assert "dispatch collective (top_k=3 < 1.5 x ep=4; two_level finds one rank on each node)" in capfd.readouterr().out
     assert set(run_ranks(one, WORLD, "auto")) == {"CollectiveDispatch"}
 
 
