@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.collectives import all_reduce_sum
+from moetrain.moe.fused import fused
 
 
 def chunked_cross_entropy(
@@ -42,7 +43,7 @@ def chunked_cross_entropy(
         return _ChunkedCrossEntropy.apply(h_TD, weight_VD, target_T, mask_T, chunk, group)
     total = h_TD.new_zeros((), dtype=_wide(h_TD))
     for span in _spans(h_TD.shape[0], chunk):
-        loss, _, _ = _chunk_loss(h_TD[span], weight_VD, target_T[span], mask_T[span], group)
+        loss, _, _ = _chunk_loss(h_TD[span], weight_VD, target_T[span], mask_T[span], group, gradient=False)
         total = total + loss
     return all_reduce_sum(total, group)
 
@@ -63,14 +64,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_h_TD = torch.empty_like(h_TD, dtype=wide) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for span in _spans(h_TD.shape[0], chunk):
-            target_C, mask_C = target_T[span], mask_T[span]
-            loss, log_prob_CV, h_CD = _chunk_loss(h_TD[span], weight_VD, target_C, mask_C, group)
+            loss, grad_CV, h_CD = _chunk_loss(h_TD[span], weight_VD, target_T[span], mask_T[span], group)
+            assert grad_CV is not None
             total += loss
-            grad_CV = _logit_gradient(log_prob_CV, target_C, mask_C, group).to(h_TD.dtype)
             if grad_h_TD is not None:
                 grad_h_TD[span] = _matmul(grad_CV, weight_VD)
             if grad_weight_VD is not None:
-                grad_weight_VD += _matmul(grad_CV.T, h_CD)
+                _add_matmul(grad_weight_VD, grad_CV.T, h_CD)
         ctx.save_for_backward(grad_h_TD, grad_weight_VD)
         ctx.dtype = h_TD.dtype
         return all_reduce_sum(total, group)
@@ -79,9 +79,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_TD, grad_weight_VD = (
-            None if saved is None else (saved * grad).to(ctx.dtype) for saved in ctx.saved_tensors
+            None if saved is None else _scaled(saved, grad, ctx.dtype) for saved in ctx.saved_tensors
         )
         return grad_h_TD, grad_weight_VD, None, None, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if fused(x):
+        import moetrain_kernels
+
+        return moetrain_kernels.convert(x, dtype, scale)
+    return (x * scale).to(dtype)
 
 
 def _spans(tokens: int, chunk: int) -> list[slice]:
@@ -101,18 +109,39 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _chunk_loss(
-    h_CD: Tensor, weight_VD: Tensor, target_C: Tensor, mask_C: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sum of one chunk (of the targets that are in this part of the vocabulary), log-probabilities [C, V], and h.
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with `_matmul`'s dtypes; on CUDA the product is added where it is made."""
+    if a.is_cuda and a.dtype not in (torch.float32, torch.float64):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += _matmul(a, b)
 
-    h has masked rows zeroed, because 0 * NaN would be NaN.
-    """
+
+def _chunk_loss(
+    h_CD: Tensor,
+    weight_VD: Tensor,
+    target_C: Tensor,
+    mask_C: Tensor,
+    group: dist.ProcessGroup | None,
+    gradient: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Loss sum of one chunk (of the targets that are in this part of the vocabulary), d loss / d logits [C, V] in h's
+    dtype if wanted, and h with masked rows zeroed, because 0 * NaN would be NaN."""
     h_CD = h_CD.masked_fill(~mask_C[:, None], 0)
-    log_prob_CV = _log_softmax(_matmul(h_CD, weight_VD.T), group)
+    logit_CV = _matmul(h_CD, weight_VD.T)
+    if group is None and fused(h_CD):
+        import moetrain_kernels
+
+        dtype = h_CD.dtype if gradient else None
+        loss_C, grad_CV = moetrain_kernels.cross_entropy(logit_CV, target_C, mask_C, dtype)
+        return loss_C.sum(), grad_CV, h_CD
+    log_prob_CV = _log_softmax(logit_CV, group)
     row_C, here_C = _own(target_C, mask_C, weight_VD.shape[0], group)
     picked_C = log_prob_CV.gather(1, row_C[:, None]).squeeze(1)
-    return -picked_C.masked_fill(~here_C, 0).sum(), log_prob_CV, h_CD
+    loss = -picked_C.masked_fill(~here_C, 0).sum()
+    if not gradient:
+        return loss, None, h_CD
+    return loss, _logit_gradient(log_prob_CV, target_C, mask_C, group).to(h_CD.dtype), h_CD
 
 
 def _log_softmax(logit_CV: Tensor, group: dist.ProcessGroup | None) -> Tensor:

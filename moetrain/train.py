@@ -62,10 +62,12 @@ def rehearse(config: Config) -> None:
     from moetrain.observe.trackers.build import build_trackers
     from moetrain.optim.build import build_optimizer
     from moetrain.parallel.ep import make_capacity
+    from moetrain.parallel.placement import make_placement
 
     with torch.device("meta"):
         build_model(config, "cuda" if torch.cuda.device_count() else "cpu")
     make_capacity(config, max(config.model.moe.n_experts, 1))
+    make_placement(config)
     build_optimizer(config.optim, [("weight", torch.nn.Parameter(torch.zeros(1, 1)))])
     build_trackers(config.tracker)
 

@@ -17,12 +17,12 @@ from moetrain.checkpoint.lock import run_lock
 from moetrain.checkpoint.resume import begin
 from moetrain.checkpoint.saver import Saver
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.comm.collectives import all_reduce_sum, sum_over
+from moetrain.comm.collectives import sum_over
 from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest
 from moetrain.comm.watchdog import Watchdog
 from moetrain.config.schema import Config
-from moetrain.data.batch import Batch
+from moetrain.data.batch import Batch, global_totals
 from moetrain.data.loader import build_loader
 from moetrain.loss import chunked_cross_entropy
 from moetrain.mesh.build import build_meshes
@@ -31,22 +31,23 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.types import TokenContext, Totals
 from moetrain.observe.describe import describe
 from moetrain.observe.load import load_metrics
-from moetrain.observe.reduce import StepSums, reduce_step
+from moetrain.observe.reduce import Told, read_step, reduce_step
 from moetrain.observe.run_log import RunLog
 from moetrain.observe.tape import RoutingTape
 from moetrain.observe.throughput import Throughput
 from moetrain.optim.adamw import fill_missing_gradients
 from moetrain.optim.build import build_optimizer
-from moetrain.optim.clip import clip_, grad_norm
+from moetrain.optim.clip import clip_for, grad_norm
 from moetrain.optim.guard import BadStepGuard
 from moetrain.optim.schedule import set_lr
 from moetrain.parallel.apply import build_parallel_model
 from moetrain.parallel.cp import held_places
+from moetrain.parallel.placement import ExpertPlacement
 from moetrain.parallel.pp import Work
 from moetrain.parallel.tp import sum_replicated_gradients
 from moetrain.plan.params import flops_per_token
 
-LOSS_CHUNK = 2048  # tokens whose logits exist at one time
+LOSS_CHUNK = 4096  # tokens whose logits exist at one time
 
 
 class Trainer:
@@ -67,6 +68,7 @@ class Trainer:
         self.meshes = build_meshes(layout, device.type)
         self.loader = build_loader(config, self.meshes.dp_rank, layout.dp)
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
+        self.place_here_S = self.place_S.to(device)
         built = build_parallel_model(config, self.meshes, device)
         self.model, self.pipeline, self.loss_names = built.model, built.pipeline, built.loss_names
         self.experts_choice = built.experts
@@ -85,7 +87,9 @@ class Trainer:
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
         self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
         self.step = self.beginning.step
+        self.placement = ExpertPlacement(config, self.meshes, self.moe_layers, self.optimizer)
         if self.beginning.state:
+            self.placement.load_state_dict(self.beginning.state)
             self.loader.load_state_dict(self.beginning.state["data"])
             self.guard.bad = self.beginning.state.get("bad_steps", 0)
         on_rank0(lambda: self.store.set_aside_newer(self.beginning.keeps))
@@ -135,7 +139,7 @@ class Trainer:
         """One optimizer step. Returns its metrics row (empty: rolled back) and whether any rank was asked to stop."""
         seed_step(self.config.run.seed, self.step)
         batches = [self._mine(batch) for batch in self.loader.next_step()]
-        totals = self._totals(batches)
+        totals = global_totals(batches, self.layout.dp, self.meshes.data)
         self.tape.begin(self.step + 1, self.config.train.global_batch * self.config.train.seq_len)
         work = [self._work(batch, totals, number) for number, batch in enumerate(batches)]
         ce_loss = self.pipeline.train(work) if self.pipeline else self._accumulate(work)
@@ -146,14 +150,15 @@ class Trainer:
         fill_missing_gradients(self.parameters)
         sum_replicated_gradients(self.parameters, self.meshes)
         norm = self._grad_norm()
+        told = read_step(sums, norm, totals.tokens, self.guard.flag(sums.ce_loss, sums.loss, norm))
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
         multiplier = self.schedule(self.step, self.config.train.steps)
-        wrong = self.guard.judge(sums.ce_loss, sums.loss, norm)
+        wrong = self.guard.judge(told.wrong, told.values["ce_loss"], told.values["loss"], told.values["grad_norm"])
         if wrong:
             if self._bad_step(wrong, sample_ids) == "rollback":
                 return {}, False
         else:
-            clip_(self.parameters, self.config.train.max_grad_norm, norm)
+            clip_for(self.optimizer, self.parameters, self.config.train.max_grad_norm, norm)
             self.saver.before_update()
             for layer, count_E in zip(layers, sums.count_LE):
                 for plugin in layer.plugins().values() if layer else ():
@@ -165,12 +170,14 @@ class Trainer:
             self.pipeline.after_update()
         self.step += 1
         self.log.samples(self.step, self.meshes.dp_rank, sample_ids)
-        row = self._row(sums, norm, totals, multiplier)
+        row = self._row(told, multiplier)
         if wrong:
             row["skipped"] = 1
+        elif moved := self.placement.after_step(self.step, told.count_LE):
+            row["experts_moved"] = moved
         if self.tape.replay is not None:
             row["routing_flips"] = int(sum_over(self.step_groups, flips))
-        return row, sums.stop.item() > 0
+        return row, told.stop
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -178,7 +185,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batches in self.loader.validation(self.config.train.eval_batches):
             for batch in map(self._mine, batches):
-                work = replace(self._work(batch, self._totals([batch])), share=1.0)
+                work = replace(self._work(batch, global_totals([batch], self.layout.dp, self.meshes.data)), share=1.0)
                 sums[0] += self.pipeline.evaluate(work) if self.pipeline else self._loss(work).double()
                 if self.pipeline is None or self.pipeline.is_last:
                     sums[1] += batch.loss_mask_BS.sum()
@@ -193,8 +200,10 @@ class Trainer:
         self.guard.check_weights(self.parameters, self.step)
         known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
         state = {"step": self.step, "data": self.loader.state_dict(), "val_loss": known, "bad_steps": self.guard.bad}
+        state |= self.placement.state_dict()
         layout = {**self.layout.attention, **self.layout.expert, "world": self.layout.world}
-        self.saver.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
+        with self.placement.logical(self.saver.before_update):
+            self.saver.save(self.step, self.model, self.optimizer, state, layout, self.log.config)
 
     def _tell_saves(self) -> None:
         for outcome in self.saver.finished():
@@ -220,12 +229,15 @@ class Trainer:
         return action
 
     def _roll_back(self, why: str) -> None:
-        """To the newest checkpoint, but for the data, which goes on behind the bad batch."""
+        """To the newest intact checkpoint, but for the data, which goes on behind the bad batch."""
         self.saver.wait()
-        path = on_rank0(self.store.latest)
+        path, damaged = self.store.newest_intact()
         if path is None:
             raise RuntimeError(f"{why}; no checkpoint to roll back to")
-        bad, self.step = self.step + 1, int(self.store.load(path, self.model, self.optimizer)["step"])
+        self.log.began([], damaged)
+        state = self.store.load(path, self.model, self.optimizer, checked=True)
+        self.placement.load_state_dict(state)
+        bad, self.step = self.step + 1, int(state["step"])
         self.optimizer.zero_grad(set_to_none=True)
         if self.pipeline:
             self.pipeline.after_update()
@@ -267,32 +279,22 @@ class Trainer:
         rows = batch.token_BS.shape[0]
         first = (number * self.layout.dp + self.meshes.dp_rank) * rows
         row_B1 = torch.arange(first, first + rows, device=self.device)[:, None]
-        return row_B1 * self.config.train.seq_len + self.place_S.to(self.device)
+        return row_B1 * self.config.train.seq_len + self.place_here_S
 
     def _grad_norm(self) -> Tensor:
         if self.pipeline is None:
             return grad_norm(self.parameters)
         return grad_norm(self.pipeline.counted(self.parameters), self.pipeline.group)
 
-    def _totals(self, batches: list[Batch]) -> Totals:
-        local = torch.stack(
-            [
-                torch.stack([b.loss_mask_BS.sum() for b in batches]).sum(),
-                torch.stack([(b.document_BS >= 0).sum() for b in batches]).sum(),
-            ]
-        ).double()
-        loss_tokens, tokens = all_reduce_sum(local, self.meshes.data).clamp(min=1)
-        rows = sum(len(b.sample_ids) for b in batches) * self.layout.dp
-        return Totals(loss_tokens, tokens, rows, len(batches))
-
-    def _row(self, sums: StepSums, norm: Tensor, totals: Totals, multiplier: float) -> dict[str, Any]:
-        terms = {"loss": sums.loss, "ce_loss": sums.ce_loss, **sums.losses}
-        values = torch.stack([*terms.values(), norm.double(), totals.tokens]).tolist()
-        row: dict[str, Any] = {"step": self.step, **dict(zip(terms, values)), "grad_norm": values[-2]}
-        row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(values[-1])}
-        row |= self.throughput.step(int(values[-1]))
+    def _row(self, told: Told, multiplier: float) -> dict[str, Any]:
+        tokens = told.values.pop("tokens")
+        row: dict[str, Any] = {"step": self.step, **told.values}
+        row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(tokens)}
+        row |= self.throughput.step(int(tokens))
         if exposed_s := self.saver.exposed_s():
             row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:
-            row |= load_metrics(self.moe_numbers, sums.count_LE, sums.entropy_L, sums.dropped_L, values[-1])
+            row |= load_metrics(
+                self.moe_numbers, told.count_LE, told.entropy_L, told.dropped_L, tokens, self.placement.rank_LE
+            )
         return row

@@ -3,7 +3,8 @@
     PYTHONPATH=kernels python kernels/benchmarks/tables.py [--shapes olmoe ...] [--tables chosen hopper ...] [--zipf 0]
 
 A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every layer step
-follows a limit step. Prints the ratio, and per kernel its device milliseconds inside a step, in launch order.
+follows a limit step, and all tables take turns. Prints the ratios, and per kernel its device milliseconds inside a
+step, in launch order.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from experts import step
 from moetrain_kernels import compile_check, configs, experts, moe_experts, plan
 from shapes import SHAPES, Shape, dense_matmuls, tokens, weights
 
-LAUNCHES = ["histogram", "prefix", "scatter", "up", "down", "combine"]
-LAUNCHES += ["down_grad", "swiglu_grad", "dw_down", "dw_up", "dx", "combine"]
+FORWARD = ["histogram", "prefix", "scatter", "up", "down", "combine"]
+BACKWARD = ["down_grad", "swiglu_grad", "dw_down", "dw_up", "dx", "combine"]
 
 
 def ring(**changes: object) -> configs.Config:
@@ -78,7 +79,7 @@ def in_turn(runs: list[Callable[[int], object]], repeats: int = 12) -> list[floa
     return [statistics.median(start.elapsed_time(end) for start, end in pairs) for pairs in events]
 
 
-def kernel_ms(run: Callable[[int], object], repeats: int = 6) -> list[float]:
+def kernel_ms(run: Callable[[int], object], repeats: int = 6) -> dict[str, float]:
     """Median milliseconds of each launch of a step, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         for i in range(repeats):
@@ -86,45 +87,52 @@ def kernel_ms(run: Callable[[int], object], repeats: int = 6) -> list[float]:
         torch.cuda.synchronize()
     found = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA and "_kernel" in e.name]
     found.sort(key=lambda e: e.time_range.start)
-    if len(found) != repeats * len(LAUNCHES):
-        return []
-    rows = [found[i :: len(LAUNCHES)] for i in range(len(LAUNCHES))]
-    return [statistics.median(e.time_range.elapsed_us() for e in row) / 1e3 for row in rows]
+    names = FORWARD + [n for n in BACKWARD if n != "swiglu_grad" or any(n in e.name for e in found)]
+    if len(found) != repeats * len(names):
+        return {}
+    rows = [found[i :: len(names)] for i in range(len(names))]
+    places = [f"{name} y" if i == 5 else name for i, name in enumerate(names)]
+    return {n: statistics.median(e.time_range.elapsed_us() for e in row) / 1e3 for n, row in zip(places, rows)}
 
 
-def measure(shape: Shape, zipf: float, names: list[str]) -> None:
-    """Print one line per table."""
-    matmuls = list(dense_matmuls(shape).values())
+def runner(shape: Shape, zipf: float) -> Callable[[str], Callable[[int], object]]:
+    """A function that makes, for a table's name, a function that runs one step with it."""
     w = tuple(t.requires_grad_() for t in weights(shape))
     sets = [tokens(shape, zipf) for _ in range(3)]
     for x, _, gate, _ in sets:
         x.requires_grad_()
         gate.requires_grad_()
-
-    def dense(i: int) -> None:
-        for matmul in matmuls:
-            matmul(i)
-
-    def layer(i: int) -> None:
-        step(moe_experts, sets[i % 3], w)
-
     chosen = experts.choose
-    for name in names:
+
+    def layer(name: str) -> Callable[[int], object]:
         table = TABLES[name]
 
-        def choose(*args, table=table):
-            return chosen(*args) if table is None else bound(table)
+        def run(i: int) -> None:
+            with mock.patch.object(experts, "choose", lambda *args: bound(table) if table else chosen(*args)):
+                step(moe_experts, sets[i % 3], w)
 
-        with mock.patch.object(experts, "choose", choose):
-            try:
-                limit, ms = in_turn([dense, layer])
-                parts = kernel_ms(layer)
-            except Exception as problem:
-                print(f"  {name:10s} failed: {str(problem).splitlines()[0][:100]}", flush=True)
-                continue
+        return run
+
+    return layer
+
+
+def measure(shape: Shape, zipf: float, names: list[str]) -> None:
+    """Print two lines per table: time against the limit, and the kernels' times."""
+    matmuls = list(dense_matmuls(shape).values())
+    layer = runner(shape, zipf)
+    runs = {}
+    for name in names:
+        try:
+            layer(name)(0)
+            runs[name] = layer(name)
+        except Exception as problem:
+            print(f"  {name:10s} failed: {str(problem).splitlines()[0][:100]}", flush=True)
+    times = in_turn([turn for run in runs.values() for turn in (lambda i: [matmul(i) for matmul in matmuls], run)])
+    for (name, run), limit, ms in zip(runs.items(), times[::2], times[1::2]):
         print(f"{shape.name:16s} zipf {zipf} {name:10s} {ms:7.3f} / {limit:7.3f} ms = {ms / limit:5.3f}", flush=True)
-        kernels = " ".join(f"{k} {v:.3f}" for k, v in zip(LAUNCHES, parts))
-        print(f"    sum {sum(parts):.3f}: {kernels}", flush=True)
+        parts = kernel_ms(run)
+        kernels = " ".join(f"{k} {v:.3f}" for k, v in parts.items())
+        print(f"    sum {sum(parts.values()):.3f}: {kernels}", flush=True)
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def runner(name: str, shape: Shape, tiles: Tiles | Ring, device: str):
         a, w = (tensor(rows, f), tensor(e, d, f)) if name == "down" else (tensor(rows, 2 * f), tensor(e, 2 * f, d))
         return lambda i=0: experts.grouped_gemm(a, p, w, tiles, transposed=name == "dx")
     r, out = (tensor(rows, f), tensor(e, d, f)) if name == "dw_down" else (tensor(rows, 2 * f), tensor(e, 2 * f, d))
-    return lambda i=0: experts.weight_grad(x, r, p, out, name == "dw_up", tiles)
+    return lambda i=0: experts.weight_grad(x, r, experts.one_piece(p), out, name == "dw_up", tiles)
 
 
 def memory_bound(shape: Shape):

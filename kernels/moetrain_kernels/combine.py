@@ -12,7 +12,7 @@ from .plan import RowPlan
 BLOCK_ELEMENTS = 4096
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "more_tokens"])
 def combine_kernel(
     y_ptr,
     row_S,
@@ -20,15 +20,23 @@ def combine_kernel(
     part_ptr,
     dgate_S,
     out_ptr,
+    more_ptr,
+    more_gate_ptr,
     num_tokens,
+    more_tokens,
     N: tl.constexpr,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PARTS: tl.constexpr,
+    MORE: tl.constexpr,
+    MORE_GATES: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t] = sum_k (gate[t, k]) y[row[t, k]], in the order of k. With PARTS, also dgate[t, k] = sum(part[row])."""
+    """out[t] = sum_k (gate[t, k]) y[row[t, k]], in the order of k. With PARTS, also dgate[t, k] = sum(part[row]).
+
+    To both, sums that were made elsewhere are added: [MORE, more_tokens, N] and [MORE_GATES, more_tokens, K].
+    """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -47,10 +55,16 @@ def combine_kernel(
             dgate = tl.zeros((TOKENS,), tl.float32)
             for p in tl.static_range(PARTS):
                 dgate += tl.load(part_ptr + row * PARTS + p, mask=used, other=0.0)
+            for p in tl.static_range(MORE_GATES):
+                at_more = more_gate_ptr + (p * more_tokens + token).to(tl.int64) * K + k
+                dgate += tl.load(at_more, mask=inside, other=0.0).to(tl.float32)
             tl.store(dgate_S + token * K + k, dgate.to(dgate_S.dtype.element_ty), mask=inside)
     mask = inside[:, None]
     if N % BLOCK != 0:
         mask = mask & (cols < N)[None, :]
+    for p in tl.static_range(MORE):
+        at_more = more_ptr + (p * more_tokens + token).to(tl.int64)[:, None] * N + cols[None, :]
+        total += tl.load(at_more, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + token.to(tl.int64)[:, None] * N + cols[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -63,19 +77,28 @@ def combine(
     gate_TK: torch.Tensor | None = None,
     part_RP: torch.Tensor | None = None,
     dgate_TK: torch.Tensor | None = None,
+    out_TN: torch.Tensor | None = None,
+    more: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """`out_TN`; if `part_RP` is given, its row sums are also brought into `dgate_TK` (0 for an unused slot)."""
+    """`out_TN`; if `part_RP` is given, its row sums are also brought into `dgate_TK` (0 for an unused slot).
+
+    more: [P, at least T, N] and, with `part_RP`, [P, as many, K] or None, contiguous: added to both.
+    """
     num_tokens, top_k = plan.row_TK.shape
     num_n = y_RN.shape[1]
-    out_TN = y_RN.new_empty(num_tokens, num_n)
+    if out_TN is None:
+        out_TN = y_RN.new_empty(num_tokens, num_n)
     block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
     tokens = max(1, BLOCK_ELEMENTS // block)
-    args = (y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, num_tokens)
+    args = (y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, *(more or (None, None)))
+    args += (num_tokens, more[0].shape[1] if more else 0)
     constants = {
         "N": num_n,
         "K": top_k,
         "WEIGHTED": gate_TK is not None,
         "PARTS": 0 if part_RP is None else part_RP.shape[1],
+        "MORE": more[0].shape[0] if more else 0,
+        "MORE_GATES": more[1].shape[0] if more and more[1] is not None else 0,
         "TOKENS": tokens,
         "BLOCK": block,
     }

@@ -21,20 +21,29 @@ from triton.runtime.jit import JITFunction
 from . import (
     combine,
     configs,
+    down_grad_ws,
+    dtypes,
     experts,
     gemm,
     gemm_ws,
     launch,
+    norm,
+    pieces,
     plan,
+    rotation,
     router,
+    softmax_loss,
+    spans,
     swiglu_grad,
     up,
+    update,
     weight_grad,
     weight_grad_ws,
 )
 
-KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, router)
-RING_MODULES = (gemm_ws, weight_grad_ws)
+KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans)
+KERNEL_MODULES += (router, softmax_loss, rotation, norm, update, dtypes)
+RING_MODULES = (gemm_ws, down_grad_ws, weight_grad_ws)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 
@@ -75,6 +84,7 @@ def compiling_for(arch: int, report: list[tuple[str, int]]) -> Iterator[None]:
         triton.runtime.driver.set_active(_Driver(arch))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(configs, "device_traits", return_value=(132, arch)))
+        stack.enter_context(mock.patch.object(pieces, "check"))  # which would ask for CUDA tensors
         yield
 
 
@@ -93,6 +103,20 @@ def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (
     experts.backward(x_TD, x_TD, rows, gate_TK, weights, h_R2F, config, (True, True, True))
 
 
+def compile_pieces(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (2048, 1024)) -> None:
+    """The weight gradients of a layer in two pieces."""
+    num_d, num_f = dims
+    work = pieces.ExpertPieces(
+        torch.empty(2, 2, num_f, num_d, dtype=dtype), torch.empty(2, num_d, num_f, dtype=dtype), (True,) * 4
+    )
+    x_TD, expert_TK = torch.empty(num_tokens, num_d, dtype=dtype), torch.zeros(num_tokens, 2, dtype=torch.int64)
+    for _ in range(2):
+        work.start(x_TD.clone(), expert_TK, torch.empty(num_tokens, 2))
+    for number in range(2):
+        work.start_gradients(number, x_TD)
+    work.weight_gradients()
+
+
 def compile_router() -> None:
     """Walk the router's kernels once for each kind of score, at the largest number of experts that is common."""
     logit_TE, valid_T = torch.empty(1024, 256, requires_grad=True), torch.ones(1024, dtype=torch.bool)
@@ -103,6 +127,32 @@ def compile_router() -> None:
         torch.autograd.grad((gate_TK, balance_TE), logit_TE, (gate_TK, balance_TE))
 
 
+def compile_model() -> None:
+    """Walk the kernels of attention and loss, in the widths of 128-wide heads and of MLA's rotated parts."""
+    logit_CV, target_C = torch.empty(16, 32000), torch.zeros(16, dtype=torch.int64)
+    loss_C, grad_CV = torch.empty(16), torch.empty(16, 32000, dtype=torch.bfloat16)
+    args = (logit_CV, target_C, torch.ones(16, dtype=torch.uint8), loss_C, grad_CV, 32000)
+    for gradient in (True, False):
+        constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
+        softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
+    narrow, wide, scale = torch.empty(4096, dtype=torch.bfloat16), torch.empty(4096), torch.empty(())
+    for args, scaled in (((narrow, wide, narrow), False), ((wide, narrow, scale), True)):
+        dtypes.launch_convert((1, 1, 1), (*args, 4096), {"BLOCK": dtypes.BLOCK, "SCALED": scaled}, num_warps=8)
+    state = torch.empty(6, 4096).unbind()
+    args = (*state, 4096, 0, 1e-3, 0.1, 0.05, 1e-8, 1e-4)
+    update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK}, num_warps=4)
+    for add in (True, False):
+        x_TD, weight_D = torch.empty(64, 2048, dtype=torch.bfloat16, requires_grad=True), torch.empty(2048)
+        found = norm.RMSNorm.apply(x_TD, x_TD if add else None, weight_D, 1e-6)
+        torch.autograd.grad(found, x_TD, found)
+    for heads, d, normed, interleaved in ((32, 128, True, False), (32, 128, False, False), (1, 64, False, True)):
+        x_BHSd = torch.empty(1, 16, heads, d, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        weight_d = torch.empty(d, dtype=torch.bfloat16) if normed else None
+        table = torch.empty(1, 1, 16, d // 2)
+        y_BHSd = rotation.NormRope.apply(x_BHSd, weight_d, table, table, 1e-6, interleaved)
+        torch.autograd.grad(y_BHSd, x_BHSd, y_BHSd.detach())
+
+
 def check(arch: int) -> bool:
     """Compile everything for one architecture and print a line per kernel variant."""
     cases = {
@@ -110,7 +160,10 @@ def check(arch: int) -> bool:
         "bf16, few rows": partial(compile_layer, torch.bfloat16, 16),
         "fp16, odd D": partial(compile_layer, torch.float16, 1024, (2056, 1024)),
         "fp32": partial(compile_layer, torch.float32, 1024),
+        "bf16, pieces": partial(compile_pieces, torch.bfloat16, 1024),
+        "fp16, pieces": partial(compile_pieces, torch.float16, 1024, (2056, 1024)),
         "router": compile_router,
+        "attention, loss": compile_model,
     }
     reached: set[str] = set()
     good = True

@@ -12,17 +12,18 @@ import torch
 
 from .combine import combine
 from .configs import Config, choose
+from .down_grad import down_grad
 from .gemm import grouped_gemm
 from .launch import interpreting
 from .plan import RowPlan, sort_rows
-from .swiglu_grad import swiglu_grad
+from .spans import one_piece
 from .up import up_swiglu
 from .weight_grad import weight_grad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows) -> None:
+def check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows) -> None:
     """ValueError naming the argument that does not fit."""
     num_experts, num_d, num_f = w_down_EDF.shape if w_down_EDF.dim() == 3 else (0, 0, 0)
     if x_TD.dim() != 2 or x_TD.shape[1] != num_d:
@@ -32,8 +33,6 @@ def _check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows) -> No
         raise ValueError(f"w_gate_up must be [E, 2, F, D] = {expected}; got {tuple(w_gate_up_E2FD.shape)}")
     if expert_TK.dim() != 2 or expert_TK.shape[0] != x_TD.shape[0] or gate_TK.shape != expert_TK.shape:
         raise ValueError(f"expert and gate must be [T, K]; got {tuple(expert_TK.shape)}, {tuple(gate_TK.shape)}")
-    if expert_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expert must be int32 or int64; got {expert_TK.dtype}")
     if not (x_TD.dtype == w_gate_up_E2FD.dtype == w_down_EDF.dtype) or x_TD.dtype not in DTYPES:
         raise ValueError(f"x and weights must share one of fp32, fp16, bf16; got {x_TD.dtype}, {w_down_EDF.dtype}")
     if x_TD.device.type != "cuda" and not interpreting():
@@ -42,6 +41,12 @@ def _check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows) -> No
         raise ValueError(f"max_rows must not be negative; got {max_rows}")
     if expert_TK.numel() >= 2**31:
         raise ValueError("more than 2^31 slots in one call")
+
+
+def aligned(rows: torch.Tensor) -> torch.Tensor:
+    """The rows, contiguous and at a multiple of 16 bytes: elsewhere, 2-byte loads would not pipeline."""
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows
 
 
 def forward(
@@ -72,14 +77,14 @@ def backward(
     w_gate_up_E2FD, w_down_EDF = weights
     num_experts, _, num_f, num_d = w_gate_up_E2FD.shape
     dx_TD = dgate_TK = dw_gate_up_E2FD = dw_down_EDF = None
-    b_RF = grouped_gemm(dy_TD, plan, w_down_EDF, config.down_grad, transposed=True, gather=True)
-    dh_R2F, a_RF, part_RP = swiglu_grad(b_RF, gate_TK, plan, h_R2F)
+    dh_R2F, a_RF, part_RP = down_grad(dy_TD, gate_TK, plan, w_down_EDF, h_R2F, config.down_grad)
+    rows = one_piece(plan)
     if need[2]:
-        dw_down_EDF = weight_grad(dy_TD, a_RF, plan, torch.empty_like(w_down_EDF), False, config.dw_down)
-    del a_RF, b_RF
+        dw_down_EDF = weight_grad(dy_TD, a_RF, rows, torch.empty_like(w_down_EDF), False, config.dw_down)
+    del a_RF
     if need[1]:
         dw_gate_up_E2FD = torch.empty_like(w_gate_up_E2FD)
-        weight_grad(x_TD, dh_R2F, plan, dw_gate_up_E2FD.view(num_experts, 2 * num_f, num_d), True, config.dw_up)
+        weight_grad(x_TD, dh_R2F, rows, dw_gate_up_E2FD.view(num_experts, 2 * num_f, num_d), True, config.dw_up)
     if need[0]:
         dgate_TK = torch.empty_like(gate_TK)
         w_up_rows = w_gate_up_E2FD.view(num_experts, 2 * num_f, num_d)
@@ -113,9 +118,7 @@ class _Experts(torch.autograd.Function):
             return x, None, gate, w_up, w_down, None
         x_TD, gate_TK, w_gate_up_E2FD, w_down_EDF, h_R2F, *plan_tensors = ctx.saved_tensors
         plan = RowPlan(*plan_tensors, ctx.config.block_m)
-        dy_TD = dy_TD.contiguous()
-        if dy_TD.data_ptr() % 16:  # a view at an odd offset: 2-byte loads would not pipeline
-            dy_TD = dy_TD.clone()
+        dy_TD = aligned(dy_TD)
         dx, dgate, dw_up, dw_down = backward(
             dy_TD,
             x_TD,
@@ -147,7 +150,9 @@ def moe_experts(
     and so the buffers (default T*K); slots past a bound that is too small are dropped. No kernel uses atomics, so
     results always repeat bit for bit.
     """
-    _check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows)
+    check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows)
+    if expert_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert must be int32 or int64; got {expert_TK.dtype}")
     return _Experts.apply(
         x_TD.contiguous(),
         expert_TK.contiguous(),

@@ -22,7 +22,7 @@ def grouped_gemm_kernel(
     out_ptr,
     slot_R,
     tiles_M3,
-    sizes_2,
+    sizes_6,
     num_rows,
     num_w_rows,
     N: tl.constexpr,
@@ -48,7 +48,7 @@ def grouped_gemm_kernel(
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     K_TILES: tl.constexpr = (C + BK - 1) // BK
     COLS: tl.constexpr = BN // SPLIT
-    num_m = tl.load(sizes_2)
+    num_m = tl.load(sizes_6)
     pid = tl.program_id(0)
     tile = pid - P
     k = K_TILES - 1
@@ -88,13 +88,15 @@ def grouped_gemm(
     tiles: Tiles | Ring,
     transposed: bool = False,
     gather: bool = False,
+    out_RN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`out_RN`: each row times its expert's matrix, `w_E` being [E, N, C], or [E, C, N] if `transposed`.
 
     `a` is [R, C] in row order, or [T, C] in token order if `gather`. Rows past the plan's total stay unwritten.
     """
     num_n, num_c = (w_E.shape[2], w_E.shape[1]) if transposed else (w_E.shape[1], w_E.shape[2])
-    out_RN = a.new_empty(plan.max_rows, num_n)
+    if out_RN is None:
+        out_RN = a.new_empty(plan.max_rows, num_n)
     if isinstance(tiles, Ring):
         rows_ws(a, plan, w_E, (out_RN.view(-1, 1, num_n),), tiles, transposed=transposed, gather=gather)
         return out_RN
@@ -113,7 +115,7 @@ def grouped_gemm(
         out_RN,
         plan.slot_R,
         plan.tiles_M3,
-        plan.sizes_2,
+        plan.sizes_6,
         a.shape[0],
         w_rows.shape[0],
     )

@@ -11,18 +11,22 @@ from .ws import (
     HALF,
     column_part,
     halves,
+    hear,
     make_barriers,
+    make_box,
     multiply,
     next_stage,
     pass_over,
     put_rows,
     ragged_desc,
     ring_desc,
+    take,
+    tell,
 )
 
 
 @gluon.jit
-def _locate(tile, num_m, tiles_M3, N_TILES: gl.constexpr, GROUP: gl.constexpr):
+def locate(tile, num_m, tiles_M3, N_TILES: gl.constexpr, GROUP: gl.constexpr):
     """(column tile, expert, first row, end row) of a flat tile number: GROUP row tiles share weight columns in L2."""
     per_group: gl.constexpr = GROUP * N_TILES
     first = tile // per_group * GROUP
@@ -40,6 +44,10 @@ def _produce(
     slot_R,
     tiles_M3,
     num_m,
+    counter,
+    box,
+    told,
+    heard,
     a_ring,
     w_ring,
     full,
@@ -55,21 +63,26 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
+    K_TILES: gl.constexpr = (C + BK - 1) // BK
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     BYTES: gl.constexpr = WIDTH * BK * 2 if GATHER else (WIDTH + BM) * BK * 2
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_m * N_TILES, P):
-        n, expert, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+    tile, round = gl.program_id(0), 0
+    while tile < num_m * N_TILES:
+        n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+        tell(box, told, heard, round, n, row, end)
+        following = tile + P
         if GATHER:
             rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
             token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
             cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
             at = a_ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
-        for k in range((C + BK - 1) // BK):
+        for k in range(K_TILES):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
             mbarrier.expect(ready, BYTES)
@@ -87,14 +100,19 @@ def _produce(
             else:
                 tma.async_copy_global_to_shared(a_desc, [row, k * BK], ready, a_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
+            if DYNAMIC and k == K_TILES // 2:  # the ring is full by now, which hides the counter's latency
+                following = take(counter, num_m * N_TILES, P)
+        tile, round = following, round + 1
+    tell(box, told, heard, round, 0, 0, 0)
 
 
 @gluon.jit
 def _consume(
     out_desc,
     act_desc,
-    tiles_M3,
-    num_m,
+    box,
+    told,
+    heard,
     a_halves,
     w_ring,
     full,
@@ -111,11 +129,9 @@ def _consume(
     BK: gl.constexpr,
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
-    GROUP: gl.constexpr,
-    P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
-    N_TILES: gl.constexpr = (N + BN - 1) // BN
     K_TILES: gl.constexpr = (C + BK - 1) // BK
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
@@ -123,25 +139,16 @@ def _consume(
     BASE: gl.constexpr = part * BUFS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_m * N_TILES, P):
-        n, _, row, end = _locate(tile, num_m, tiles_M3, N_TILES, GROUP)
+    round = 0
+    n, row, end = hear(box, told, heard, round)
+    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
+        mbarrier.wait(full.index(STAGES - 1), 0, pred=end > 0)
+    while end > 0:
         row += part * HALF
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)
             acc, stage, phase = multiply(
-                a_halves,
-                w_ring,
-                full,
-                empty,
-                acc,
-                stage,
-                phase,
-                K_TILES,
-                part,
-                False,
-                W_NC,
-                GATHER,
-                STAGES,
+                a_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, W_NC, GATHER, STAGES
             )
             if UP:
                 gates, ups = halves(acc, HALF, WIDTH)
@@ -162,6 +169,8 @@ def _consume(
                     turn = put_rows(out_desc, out, staging, view, BASE, turn, row, end, 0, n * BN + i * COLS, BUFS)
         else:
             stage, phase = pass_over(full, empty, stage, phase, K_TILES, STAGES)
+        round += 1
+        n, row, end = hear(box, told, heard, round)
     tma.store_wait(0)
 
 
@@ -174,7 +183,7 @@ def rows_ws_kernel(
     act_desc,
     slot_R,
     tiles_M3,
-    sizes_2,
+    sizes_6,
     N: gl.constexpr,
     C: gl.constexpr,
     K: gl.constexpr,
@@ -188,6 +197,9 @@ def rows_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
+    COUNTER: gl.constexpr,
+    DYNAMIC: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -201,7 +213,8 @@ def rows_ws_kernel(
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     dtype: gl.constexpr = out_desc.dtype
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    num_m = gl.load(sizes_2)
+    num_m = gl.load(sizes_6)
+    box, told, heard = make_box()
     full, empty = make_barriers(STAGES, 1 + 128 if GATHER else 1)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     a_halves = a_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
@@ -218,12 +231,13 @@ def rows_ws_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 0,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_consume, (out_desc, act_desc, tiles_M3, num_m, a_halves, w_ring, full, empty, staging, view, 1,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, a_ring, w_target, full, empty,
-                        N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES)),
+            (_consume, (out_desc, act_desc, box, told, heard, a_halves, w_ring, full, empty, staging, view, 0,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
+            (_consume, (out_desc, act_desc, box, told, heard, a_halves, w_ring, full, empty, staging, view, 1,
+                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
+            (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard,
+                        a_ring, w_target, full, empty,
+                        N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, DYNAMIC)),
         ],
         [4, 4 if GATHER else 1],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -260,7 +274,7 @@ def rows_ws(
         out_descs[-1],
         plan.slot_R,
         plan.tiles_M3,
-        plan.sizes_2,
+        plan.sizes_6,
     )
     constants = {
         "N": num_n,
@@ -276,6 +290,9 @@ def rows_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
+        "COUNTER": 2 if up else 5 if transposed else 3,
+        "DYNAMIC": ring.dynamic,
         "PRODUCER_REGS": 72 if gather else 24,
         "CONSUMER_REGS": 216 if gather else 240,
     }

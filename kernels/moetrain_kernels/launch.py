@@ -43,6 +43,9 @@ class Ring:
     group: int = 8
     gather_left: bool = True
     bk: int = 64
+    fuse: bool = True
+    lead: bool = False
+    dynamic: bool = False
     sms: int = 1
 
     @property

@@ -27,14 +27,14 @@ class RowPlan:
     row_TK [T, K]            slot -> row, -1 if the slot has none
     tiles_M3 [max_tiles, 3]  (expert, first row, end row of the expert) of each row tile
     spans_E3 [E, 3]          (expert, first row, end row), experts with most rows first
-    sizes_2 [2]              (row tiles, rows) in use
+    sizes_6 [6]              (row tiles, rows) in use, then the tile counters of four kernels (see ws.take)
     """
 
     slot_R: torch.Tensor
     row_TK: torch.Tensor
     tiles_M3: torch.Tensor
     spans_E3: torch.Tensor
-    sizes_2: torch.Tensor
+    sizes_6: torch.Tensor
     block_m: int
 
     @property
@@ -50,14 +50,31 @@ class RowPlan:
         return self.spans_E3.shape[0]
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+@triton.jit
+def _experts(expert_TK, slot, num_slots, base, K: tl.constexpr, STRIDE: tl.constexpr):
+    """Experts of slots, counted from `base`; rows of `expert_TK` are STRIDE numbers apart."""
+    at = slot if STRIDE == K else slot // K * STRIDE + slot % K
+    expert = tl.load(expert_TK + at, mask=slot < num_slots, other=-1).to(tl.int32)
+    return tl.where(expert < 0, -1, expert - base)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "base"])
 def histogram_kernel(
-    expert_S, counts_EB, num_slots, num_blocks, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr
+    expert_TK,
+    counts_EB,
+    num_slots,
+    num_blocks,
+    base,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """counts[e, b] = slots of block b that name expert e."""
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(expert_S + slot, mask=slot < num_slots, other=-1).to(tl.int32)
+    expert = _experts(expert_TK, slot, num_slots, base, K, STRIDE)
     ids = tl.arange(0, E_POW2)
     count = tl.sum((expert[:, None] == ids[None, :]).to(tl.int32), axis=0)
     tl.store(counts_EB + ids.to(tl.int64) * num_blocks + block, count, mask=ids < E)
@@ -79,7 +96,7 @@ def prefix_kernel(counts_EB, total_E, num_blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scatter_block(
-    expert_S,
+    expert_TK,
     prefix_EB,
     count,
     ids,
@@ -89,20 +106,23 @@ def _scatter_block(
     num_slots,
     num_blocks,
     max_rows,
+    base,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     slot = block * BLOCK + tl.arange(0, BLOCK)
     inside = slot < num_slots
-    expert = tl.load(expert_S + slot, mask=inside, other=-1).to(tl.int32)
+    expert = _experts(expert_TK, slot, num_slots, base, K, STRIDE)
     used = (expert >= 0) & (expert < E)
-    base = tl.sum(tl.where(ids[None, :] < expert[:, None], count[None, :], 0), axis=1)
+    first = tl.sum(tl.where(ids[None, :] < expert[:, None], count[None, :], 0), axis=1)
     prefix = tl.load(prefix_EB + expert.to(tl.int64) * num_blocks + block, mask=used, other=0)
     # Rank among equals of this block: a comparison matrix, whose cost does not grow with the number of experts.
     j = tl.arange(0, BLOCK)
-    other = tl.load(expert_S + block * BLOCK + j, mask=block * BLOCK + j < num_slots, other=-1).to(tl.int32)
+    other = _experts(expert_TK, block * BLOCK + j, num_slots, base, K, STRIDE)
     earlier = (other[None, :] == expert[:, None]) & (j[None, :] < tl.arange(0, BLOCK)[:, None])
-    row = base + prefix + tl.sum(earlier.to(tl.int32), axis=1)
+    row = first + prefix + tl.sum(earlier.to(tl.int32), axis=1)
     used = used & (row < max_rows)
     tl.store(slot_R + row, slot, mask=used)
     tl.store(row_S + slot, tl.where(used, row, -1), mask=inside)
@@ -110,7 +130,7 @@ def _scatter_block(
 
 @triton.jit
 def _write_spans(
-    total_E, count, ids, spans_E3, sizes_2, first, max_rows, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
+    total_E, count, ids, spans_E3, sizes_6, first, max_rows, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
 ):
     e = first + tl.arange(0, TABLE)
     mine = tl.load(total_E + e, mask=e < E, other=0)
@@ -124,8 +144,9 @@ def _write_spans(
     if first == 0:
         row_end = tl.minimum(tl.cumsum(count, axis=0), max_rows)
         rows = row_end - tl.minimum(tl.cumsum(count, axis=0) - count, max_rows)
-        tl.store(sizes_2, tl.sum((rows + BLOCK_M - 1) // BLOCK_M))
-        tl.store(sizes_2 + 1, tl.sum(rows))
+        tl.store(sizes_6, tl.sum((rows + BLOCK_M - 1) // BLOCK_M))
+        tl.store(sizes_6 + 1, tl.sum(rows))
+        tl.store(sizes_6 + 2 + tl.arange(0, 4), tl.zeros((4,), tl.int32))
 
 
 @triton.jit
@@ -147,20 +168,23 @@ def _write_tiles(
     tl.store(tiles_M3 + 3 * t + 2, row_end, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks", "max_rows", "max_tiles"])
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "max_rows", "max_tiles", "base"])
 def scatter_kernel(
-    expert_S,
+    expert_TK,
     prefix_EB,
     total_E,
     slot_R,
     row_S,
     tiles_M3,
     spans_E3,
-    sizes_2,
+    sizes_6,
     num_slots,
     num_blocks,
     max_rows,
     max_tiles,
+    base,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -173,10 +197,26 @@ def scatter_kernel(
     count = tl.load(total_E + ids, mask=ids < E, other=0)
     span_programs = (E + TABLE - 1) // TABLE
     if pid < num_blocks:
-        _scatter_block(expert_S, prefix_EB, count, ids, slot_R, row_S, pid, num_slots, num_blocks, max_rows, E, BLOCK)
+        _scatter_block(
+            expert_TK,
+            prefix_EB,
+            count,
+            ids,
+            slot_R,
+            row_S,
+            pid,
+            num_slots,
+            num_blocks,
+            max_rows,
+            base,
+            K,
+            STRIDE,
+            E,
+            BLOCK,
+        )
     elif pid < num_blocks + span_programs:
         first = (pid - num_blocks) * TABLE
-        _write_spans(total_E, count, ids, spans_E3, sizes_2, first, max_rows, E, BLOCK_M, TABLE)
+        _write_spans(total_E, count, ids, spans_E3, sizes_6, first, max_rows, E, BLOCK_M, TABLE)
     else:
         first_tile = (pid - num_blocks - span_programs) * TABLE
         _write_tiles(count, ids, tiles_M3, first_tile, max_rows, max_tiles, E, BLOCK_M, TABLE)
@@ -187,8 +227,13 @@ launch_prefix = Launcher(prefix_kernel)
 launch_scatter = Launcher(scatter_kernel)
 
 
-def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows: int | None = None) -> RowPlan:
-    """Build the plan. `max_rows` is a promise (default T*K): rows past it are dropped, never written out of bounds."""
+def sort_rows(
+    expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows: int | None = None, base: int = 0
+) -> RowPlan:
+    """Build the plan. `max_rows` is a promise (default T*K): rows past it are dropped, never written out of bounds.
+
+    expert_TK: whole numbers of any dtype; experts are counted from `base`.
+    """
     num_slots = expert_TK.numel()
     rows = num_slots if max_rows is None else min(max_rows, num_slots)
     num_blocks = cdiv(num_slots, BLOCK_SLOTS)
@@ -197,27 +242,28 @@ def sort_rows(expert_TK: torch.Tensor, num_experts: int, block_m: int, max_rows:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=expert_TK.device)
 
-    plan = RowPlan(empty(rows), empty(*expert_TK.shape), empty(max_tiles, 3), empty(num_experts, 3), empty(2), block_m)
+    plan = RowPlan(empty(rows), empty(*expert_TK.shape), empty(max_tiles, 3), empty(num_experts, 3), empty(6), block_m)
     if num_slots == 0:
         return plan
     counts_EB, total_E = empty(num_experts, num_blocks), empty(num_experts)
     e_pow2 = power_of_2(num_experts)
     warps = 4 if e_pow2 <= 128 else 8 if e_pow2 == 256 else 16  # the [slots, E] comparisons stay in registers
-    expert_TK = expert_TK.contiguous()
-    sizes = {"E": num_experts, "E_POW2": e_pow2}
+    if expert_TK.stride(1) != 1:
+        expert_TK = expert_TK.contiguous()
+    sizes = {"K": expert_TK.shape[1], "STRIDE": expert_TK.stride(0), "E": num_experts, "E_POW2": e_pow2}
     launch_histogram(
         (num_blocks, 1, 1),
-        (expert_TK, counts_EB, num_slots, num_blocks),
+        (expert_TK, counts_EB, num_slots, num_blocks, base),
         {**sizes, "BLOCK": BLOCK_SLOTS},
         num_warps=warps,
     )
     args = (counts_EB, total_E, num_blocks)
     launch_prefix((num_experts, 1, 1), args, {"BLOCK": min(2048, power_of_2(num_blocks))}, num_warps=4)
     programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
-    outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_2)
+    outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_6)
     launch_scatter(
         (programs, 1, 1),
-        (expert_TK, counts_EB, total_E, *outputs, num_slots, num_blocks, rows, max_tiles),
+        (expert_TK, counts_EB, total_E, *outputs, num_slots, num_blocks, rows, max_tiles, base),
         {**sizes, "BLOCK_M": block_m, "BLOCK": BLOCK_SLOTS, "TABLE": TABLE_ROWS},
         num_warps=warps,
     )

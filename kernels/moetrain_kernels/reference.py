@@ -128,3 +128,71 @@ def route_topk(
     expert_TK = torch.where(valid_T[:, None], expert_TK, -1)
     count_E = torch.bincount(expert_TK[valid_T].flatten(), minlength=logit_TE.shape[1])
     return expert_TK, gate_TK, score_TE / score_TE.sum(1, keepdim=True), count_E
+
+
+def cross_entropy(
+    logit_CV: torch.Tensor, target_C: torch.Tensor, mask_C: torch.Tensor, grad_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`loss_C` and `grad_CV`, as softmax_loss.cross_entropy says, the loss in the logits' dtype."""
+    logit_CV = torch.where(mask_C[:, None], logit_CV, 0.0)
+    target_C = torch.where(mask_C, target_C, 0)
+    log_prob_CV = logit_CV.log_softmax(-1)
+    loss_C = torch.where(mask_C, -log_prob_CV.gather(1, target_C[:, None])[:, 0], 0.0)
+    if grad_dtype is None:
+        return loss_C, None
+    grad_CV = log_prob_CV.exp() - functional.one_hot(target_C, logit_CV.shape[1])
+    return loss_C, torch.where(mask_C[:, None], grad_CV, 0.0).to(grad_dtype)
+
+
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim; differentiable."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta, and `rms_norm` of it."""
+    total = x + delta
+    return total, rms_norm(total, weight_D, eps)
+
+
+def norm_rope(
+    x_BHSd: torch.Tensor,
+    weight_d: torch.Tensor | None,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    eps: float = 0.0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """As rotation.norm_rope says; differentiable."""
+    if weight_d is not None:
+        x_BHSd = rms_norm(x_BHSd, weight_d, eps)
+    a, b = (x_BHSd[..., 0::2], x_BHSd[..., 1::2]) if interleaved else x_BHSd.chunk(2, dim=-1)
+    cos, sin = cos_sin
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def convert(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x * scale in `dtype`."""
+    return (x if scale is None else x * scale).to(dtype)
+
+
+def adamw(
+    parameters: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    moments: tuple[list[torch.Tensor], list[torch.Tensor]],
+    steps: list[torch.Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divisor: torch.Tensor | None = None,
+) -> None:
+    """In place, as update.adamw says."""
+    for p, g, m, v, step in zip(parameters, grads, *moments, steps):
+        g = g if divisor is None else g / divisor
+        m.lerp_(g, 1 - betas[0])
+        v.lerp_(g * g, 1 - betas[1])
+        denominator = (v / (1 - betas[1] ** step)).sqrt() + eps
+        p.mul_(1 - lr * weight_decay).sub_(lr / (1 - betas[0] ** step) * m / denominator)

@@ -21,7 +21,7 @@ def swiglu_grad_kernel(
     gate_S,
     slot_R,
     part_ptr,
-    sizes_2,
+    sizes_6,
     num_rows,
     F: tl.constexpr,
     ROWS: tl.constexpr,
@@ -34,7 +34,7 @@ def swiglu_grad_kernel(
     """
     PARTS: tl.constexpr = (F + BLOCK - 1) // BLOCK
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.load(sizes_2 + 1)
+    total = tl.load(sizes_6 + 1)
     if tl.program_id(0) * ROWS < total + TAIL:
         live = row < total
         slot = tl.load(slot_R + row, mask=live, other=0)
@@ -65,16 +65,20 @@ launch_swiglu_grad = Launcher(swiglu_grad_kernel)
 
 
 def swiglu_grad(
-    b_RF: torch.Tensor, gate_TK: torch.Tensor, plan: RowPlan, h_R2F: torch.Tensor
+    b_RF: torch.Tensor,
+    gate_TK: torch.Tensor,
+    plan: RowPlan,
+    h_R2F: torch.Tensor,
+    dh_R2F: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From `b_RF` = dy @ W_down: `dh_R2F`, `gate * a_RF` (in b's memory), `part_RP` (fp32) with sum dgate."""
     rows, num_f = b_RF.shape
     block = next((b for b in (1024, 512, 256) if num_f % b == 0), min(1024, power_of_2(num_f)))
     elements = 2048 if block >= 512 else 1024  # 8 a thread, one 16-byte access: small programs kept memory busiest
     block_rows, parts = elements // block, cdiv(num_f, block)
-    dh_R2F = torch.empty_like(h_R2F)
+    dh_R2F = torch.empty_like(h_R2F) if dh_R2F is None else dh_R2F
     part_RP = torch.empty(rows, parts, dtype=torch.float32, device=b_RF.device)
-    args = (b_RF, h_R2F, dh_R2F, b_RF, gate_TK, plan.slot_R, part_RP, plan.sizes_2, rows)
+    args = (b_RF, h_R2F, dh_R2F, b_RF, gate_TK, plan.slot_R, part_RP, plan.sizes_6, rows)
     constants = {"F": num_f, "ROWS": block_rows, "BLOCK": block, "TAIL": TAIL_ROWS}
     launch_swiglu_grad((cdiv(rows, block_rows), parts, 1), args, constants, num_warps=elements // 256)
     return dh_R2F, b_RF, part_RP

@@ -48,7 +48,7 @@ def up_swiglu_kernel(
     a_ptr,
     slot_R,
     tiles_M3,
-    sizes_2,
+    sizes_6,
     D: tl.constexpr,
     F: tl.constexpr,
     K: tl.constexpr,
@@ -69,7 +69,7 @@ def up_swiglu_kernel(
     N_TILES: tl.constexpr = (F + BF - 1) // BF
     K_TILES: tl.constexpr = (D + BK - 1) // BK
     COLS: tl.constexpr = BF // SPLIT
-    num_m = tl.load(sizes_2)
+    num_m = tl.load(sizes_6)
     pid = tl.program_id(0)
     tile = pid - P
     k = K_TILES - 1
@@ -127,7 +127,7 @@ def up_swiglu(
         a_RF,
         plan.slot_R,
         plan.tiles_M3,
-        plan.sizes_2,
+        plan.sizes_6,
     )
     constants = {
         "D": num_d,

@@ -6,7 +6,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from .launch import Launcher, Ring, cdiv
-from .plan import RowPlan
+from .spans import WeightRows
+from .weight_tiles import count_turns, locate, rows_of
 from .ws import (
     HALF,
     column_part,
@@ -20,38 +21,59 @@ from .ws import (
 
 
 @gluon.jit
-def _locate(turn, spans_E3, M: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr):
-    """(expert, first row, end row, row tile, column tile) of this program's tile in round `turn`.
-
-    Odd rounds run backwards: tiles come longest first, and the program that got the longest of one round should get
-    the shortest of the next.
-    """
-    M_TILES: gl.constexpr = (M + 2 * HALF - 1) // (2 * HALF)
-    N_TILES: gl.constexpr = (N + BN - 1) // BN
-    PER_EXPERT: gl.constexpr = M_TILES * N_TILES
-    pid = gl.program_id(0)
-    tile = turn * P + gl.where(turn % 2 == 0, pid, P - 1 - pid)
-    at = spans_E3 + 3 * (tile // PER_EXPERT)
-    inside = tile % PER_EXPERT
-    first = inside // (GROUP * N_TILES) * GROUP
-    size = gl.minimum(M_TILES - first, GROUP)
-    m = first + inside % (GROUP * N_TILES) % size
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2), m, inside % (GROUP * N_TILES) // size
-
-
-@gluon.jit
-def _turns(TILES: gl.constexpr, P: gl.constexpr):
-    """Rounds in which this program has a tile."""
-    pid = gl.program_id(0)
-    full: gl.constexpr = TILES // P
-    rest: gl.constexpr = TILES % P
-    place = pid if full % 2 == 0 else P - 1 - pid
-    return full + (place < rest).to(gl.int32)
-
-
-@gluon.jit
 def _load_slots(slot_R, row, end, lane_row):
     return gl.load(slot_R + row + lane_row, mask=row + lane_row < end, other=0)
+
+
+@gluon.jit
+def _copy(
+    x_ptr,
+    r_desc,
+    slot_R,
+    left,
+    right,
+    full,
+    empty,
+    slot,
+    lane_row,
+    cols,
+    row,
+    end,
+    base,
+    r_col,
+    stage,
+    phase,
+    X: gl.constexpr,
+    K: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    BYTES: gl.constexpr,
+    BK: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fill a stage with rows of x and rows base + row of r, if there are any.
+
+    The slots of AHEAD steps later are loaded into the registers of this step's.
+    """
+    if row < end:
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        ready = full.index(stage)
+        mbarrier.expect(ready, BYTES)
+        mask = (row + lane_row < end)[:, None]
+        if X % WIDTH != 0:
+            mask = mask & (cols < X)[None, :]
+        at = x_ptr + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
+        if GATHER_LEFT:
+            tma.async_copy_global_to_shared(r_desc, [base + row, r_col], ready, right.index(stage))
+            async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
+        else:
+            tma.async_copy_global_to_shared(r_desc, [base + row, r_col], ready, left.index(stage))
+            async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
+        async_copy.mbarrier_arrive(ready, increment_count=False)
+        stage, phase = next_stage(stage, phase, STAGES)
+        slot = _load_slots(slot_R, row + AHEAD * BK, end, lane_row)
+    return slot, stage, phase
 
 
 @gluon.jit
@@ -59,7 +81,8 @@ def _produce(
     x_ptr,
     r_desc,
     slot_R,
-    spans_E3,
+    spans_E,
+    bases_P4,
     left,
     right,
     full,
@@ -73,6 +96,7 @@ def _produce(
     BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
+    PIECES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     WIDTH: gl.constexpr = 2 * HALF if GATHER_LEFT else BN  # columns gathered
@@ -84,36 +108,40 @@ def _produce(
     lane_col = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for turn in range(turns):
-        _, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
+        at, m, n = locate(turn, spans_E, M, N, BN, GROUP, P, PIECES)
         x_col = m * (2 * HALF) if GATHER_LEFT else n * BN
         r_col = n * BN if GATHER_LEFT else m * (2 * HALF)
         cols = x_col + lane_col
-        slot = _load_slots(slot_R, row, end, lane_row)  # two steps ahead of the copies that need them
-        slot_after = _load_slots(slot_R, row + BK, end, lane_row)
-        for _ in range((end - row + BK - 1) // BK):
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, BYTES)
-            mask = (row + lane_row < end)[:, None]
-            if X % WIDTH != 0:
-                mask = mask & (cols < X)[None, :]
-            at = x_ptr + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
-            if GATHER_LEFT:
-                tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, right.index(stage))
-                async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
-            else:
-                tma.async_copy_global_to_shared(r_desc, [row, r_col], ready, left.index(stage))
-                async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
-            async_copy.mbarrier_arrive(ready, increment_count=False)
-            row += BK
-            slot, slot_after = slot_after, _load_slots(slot_R, row + BK, end, lane_row)
-            stage, phase = next_stage(stage, phase, STAGES)
+        for piece in gl.static_range(PIECES):
+            row, end = rows_of(at, piece)
+            x_piece, slots, base = x_ptr, slot_R, 0
+            if PIECES > 1:
+                x_piece = x_ptr + gl.load(bases_P4 + 4 * piece) * 8
+                slots = slot_R + gl.load(bases_P4 + 4 * piece + 1)
+                base = gl.load(bases_P4 + 4 * piece + 2).to(gl.int32)
+            # Three sets of registers in turn: handing slots from one to another would wait for their loads every step.
+            slot0 = _load_slots(slots, row, end, lane_row)
+            slot1 = _load_slots(slots, row + BK, end, lane_row)
+            slot2 = _load_slots(slots, row + 2 * BK, end, lane_row)
+            for _ in range((end - row + 3 * BK - 1) // (3 * BK)):
+                # fmt: off
+                slot0, stage, phase = _copy(
+                    x_piece, r_desc, slots, left, right, full, empty, slot0, lane_row, cols, row, end, base, r_col,
+                    stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                slot1, stage, phase = _copy(
+                    x_piece, r_desc, slots, left, right, full, empty, slot1, lane_row, cols, row + BK, end, base, r_col,
+                    stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                slot2, stage, phase = _copy(
+                    x_piece, r_desc, slots, left, right, full, empty, slot2, lane_row, cols, row + 2 * BK, end, base,
+                    r_col, stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                # fmt: on
+                row += 3 * BK
 
 
 @gluon.jit
 def _consume(
     out_desc,
-    spans_E3,
+    spans_E,
     left,
     right,
     full,
@@ -131,16 +159,23 @@ def _consume(
     BUFS: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
+    PIECES: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PARTS: gl.constexpr = BN // COLS
     dtype: gl.constexpr = out_desc.dtype
     stage, phase, slot = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for turn in range(turns):
-        expert, row, end, m, n = _locate(turn, spans_E3, M, N, BN, GROUP, P)
-        steps = (end - row + BK - 1) // BK
+        at, m, n = locate(turn, spans_E, M, N, BN, GROUP, P, PIECES)
+        expert, steps = gl.load(at), 0
+        for piece in gl.static_range(PIECES):
+            row, end = rows_of(at, piece)
+            steps += (end - row + BK - 1) // BK
         out_row = (2 * m + part) * HALF
+        if part == 1 and LEAD:  # out of step with consumer 0 from the start
+            mbarrier.wait(full.index(STAGES - 1), 0, pred=(turn == 0) & (steps >= STAGES))
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
@@ -170,7 +205,8 @@ def weight_grad_ws_kernel(
     r_desc,
     out_desc,
     slot_R,
-    spans_E3,
+    spans_E,
+    bases_P4,
     E: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
@@ -183,14 +219,16 @@ def weight_grad_ws_kernel(
     BUFS: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
+    PIECES: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
     """out[e] = left^T @ right over the rows of e, stored [M, N], or [N, M] with FLIP.
 
     One side is x by token (left if GATHER_LEFT), read as zero past the expert's rows; the other is r by row, which
-    need only be finite there. The longest reductions come first.
+    need only be finite there. The longest reductions come first. Rows may lie in several pieces (spans.WeightRows).
     """
     BM: gl.constexpr = 2 * HALF
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
@@ -204,16 +242,16 @@ def weight_grad_ws_kernel(
     VIEW: gl.constexpr = [2 * BUFS, 1, COLS, HALF] if FLIP else [2 * BUFS, 1, HALF, COLS]
     staging = gl.allocate_shared_memory(dtype, SHAPE, FLAT)
     view = staging._reinterpret(dtype, VIEW, out_desc.layout)
-    turns = _turns(TILES, P)
+    turns = count_turns(TILES, P)
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 0,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_consume, (out_desc, spans_E3, left_halves, right, full, empty, staging, view, turns, 1,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, STAGES)),
-            (_produce, (x_ptr, r_desc, slot_R, spans_E3, left, right, full, empty, turns,
-                        M, N, K, GATHER_LEFT, BN, BK, GROUP, P, STAGES)),
+            (_consume, (out_desc, spans_E, left_halves, right, full, empty, staging, view, turns, 0,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES, LEAD)),
+            (_consume, (out_desc, spans_E, left_halves, right, full, empty, staging, view, turns, 1,
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES, LEAD)),
+            (_produce, (x_ptr, r_desc, slot_R, spans_E, bases_P4, left, right, full, empty, turns,
+                        M, N, K, GATHER_LEFT, BN, BK, GROUP, P, PIECES, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -225,24 +263,25 @@ launch_weight_grad = Launcher(weight_grad_ws_kernel)
 
 
 def weight_grad_ws(
-    x_TM: torch.Tensor, r_RN: torch.Tensor, plan: RowPlan, out_E: torch.Tensor, flip: bool, ring: Ring
+    x_TM: torch.Tensor, r_RN: torch.Tensor, rows: WeightRows, out_E: torch.Tensor, flip: bool, ring: Ring
 ) -> None:
     """Fill `out_E` [E, M, N], or [E, N, M] if `flip`: per expert the sum over its rows of outer(x[token], r[row])."""
     flip_tile = flip == ring.gather_left  # the tile's rows are x's columns if gather_left, else r's
-    rows, cols = (x_TM.shape[1], r_RN.shape[1]) if ring.gather_left else (r_RN.shape[1], x_TM.shape[1])
-    p = max(1, min(ring.sms, out_E.shape[0] * cdiv(rows, 128) * cdiv(cols, ring.bn)))
+    num_m, num_n = (x_TM.shape[1], r_RN.shape[1]) if ring.gather_left else (r_RN.shape[1], x_TM.shape[1])
+    p = max(1, min(ring.sms, out_E.shape[0] * cdiv(num_m, 128) * cdiv(num_n, ring.bn)))
     args = (
         x_TM,
         ring_desc(r_RN, (ring.bk, ring.bn if ring.gather_left else 128)),
         ring_desc(out_E, (1, ring.cols, 64) if flip_tile else (1, 64, ring.cols)),
-        plan.slot_R,
-        plan.spans_E3,
+        rows.slot_R,
+        rows.spans_E,
+        rows.bases_P4,
     )
     constants = {
         "E": out_E.shape[0],
-        "M": rows,
-        "N": cols,
-        "K": plan.top_k,
+        "M": num_m,
+        "N": num_n,
+        "K": rows.top_k,
         "GATHER_LEFT": ring.gather_left,
         "FLIP": flip_tile,
         "BN": ring.bn,
@@ -251,7 +290,9 @@ def weight_grad_ws(
         "BUFS": ring.bufs,
         "GROUP": ring.group,
         "P": p,
+        "PIECES": rows.pieces,
         "STAGES": ring.stages,
+        "LEAD": ring.lead,
         "PRODUCER_REGS": 72 if ring.gather_left else 88,
         "CONSUMER_REGS": 216 if ring.gather_left else 208,
     }

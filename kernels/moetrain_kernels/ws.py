@@ -50,6 +50,55 @@ def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
 
 
 @gluon.jit
+def make_box():
+    """(box, told, heard): two places where the producer leaves a tile for the two consumers."""
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(told.index(i), count=1)
+        mbarrier.init(heard.index(i), count=2)
+    fence_async_shared()
+    return gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])), told, heard
+
+
+@gluon.jit
+def tell(box, told, heard, round, n, row, end):
+    """Producer: leave the column tile, first row and end row of a round; an end of 0 says that there are no more."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    place = round % 2
+    mbarrier.wait(heard.index(place), (round // 2 % 2) ^ 1)
+    i = gl.arange(0, 4, layout=LAYOUT)
+    box.index(place).store(gl.where(i == 0, n, gl.where(i == 1, row, end)))
+    mbarrier.arrive(told.index(place), count=1)
+
+
+@gluon.jit
+def hear(box, told, heard, round):
+    """Consumer: column tile, first row and end row of a round."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    place = round % 2
+    mbarrier.wait(told.index(place), round // 2 % 2)
+    value = box.index(place).load(LAYOUT)
+    mbarrier.arrive(heard.index(place), count=1)
+    value = gl.inline_asm_elementwise(  # tells the compiler that it is one value for the warp
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [value], dtype=gl.int32, is_pure=True, pack=1
+    )
+    i = gl.arange(0, 4, layout=LAYOUT)
+    n, row = gl.sum(gl.where(i == 0, value, 0), axis=0), gl.sum(gl.where(i == 1, value, 0), axis=0)
+    return n, row, gl.sum(gl.where(i == 2, value, 0), axis=0)
+
+
+@gluon.jit
+def take(counter, tiles, P: gl.constexpr):
+    """The next tile of a launch of P programs, `tiles` or more if none is left; the first P tiles are given by number.
+
+    A launch draws exactly `tiles` tickets, one of them in vain for each program that had a tile, so the counter is a
+    multiple of `tiles` when the next launch begins and need not be reset.
+    """
+    return P + gl.atomic_add(counter, 1, sem="relaxed") % tiles
+
+
+@gluon.jit
 def halves(x, ROWS: gl.constexpr, COLS: gl.constexpr):
     """Left and right half of a [ROWS, COLS] block's columns; moves no data between threads."""
     return x.reshape([ROWS, 2, COLS // 2]).permute([0, 2, 1]).split()
@@ -122,17 +171,22 @@ def pass_over(full, empty, stage, phase, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
-    """Store a block at [row, half, col] of a [rows, halves, columns] tensor, only rows below `end`, by TMA.
+def store_rows(desc, source, row, end, half, col):
+    """Start a store from shared memory to [row, half, col] of a [rows, halves, columns] tensor, only rows below `end`.
 
     `desc` has two more dimensions in front, of stride 2^34 - s and s for rows of s bytes: since addresses wrap at 2^64,
     the row coordinate can be shifted so that `end` falls on the row dimension's bound, 2^30, where TMA stops.
-    The consumer's staging buffers take turns; returns the next turn.
     """
+    tma.async_copy_shared_to_global(desc, [RAGGED, end, RAGGED - (end - row), half, col], source)
+
+
+@gluon.jit
+def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
+    """store_rows of a block of registers. The consumer's staging buffers take turns; returns the next turn."""
     tma.store_wait(BUFS - 1)
     staging.index(base + turn).store(value)
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [RAGGED, end, RAGGED - (end - row), half, col], view.index(base + turn))
+    store_rows(desc, view.index(base + turn), row, end, half, col)
     return next_turn(turn, BUFS)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,10 @@ FLAG_BYTES = 16384  # flags are 32 bits, at the start of the memory
 
 
 class PeerMemory(Protocol):
-    """nbytes of each of `size` ranks. Flags start at 0; a flag's values must only grow."""
+    """nbytes of each of `size` ranks. Flags start at 0; a flag's values must only grow.
+
+    Work goes to the current stream or, `beside`, to one for copies.
+    """
 
     rank: int
     size: int
@@ -28,20 +30,23 @@ class PeerMemory(Protocol):
     def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Part of a rank's memory, `offset` bytes behind its flags."""
 
-    def post(self, rank: int, flag: int, value: int) -> None:
-        """Set a flag of `rank` once all work of the current stream before is done and visible to peers."""
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        """Beside: source, here or in a peer's memory, into `to`. Both contiguous, of the same shape and dtype."""
+
+    def fill(self, to: Tensor, value: float) -> None:
+        """Beside."""
+
+    def post(self, rank: int, flag: int, value: int, beside: bool = False) -> None:
+        """Set a flag of `rank` once all work before is done and visible to peers."""
 
     def wait(self, flag: int, value: int) -> None:
-        """What follows on the current stream waits until this rank's flag is at least `value`."""
+        """What follows beside waits until this rank's flag is at least `value`."""
 
-    def beside(self) -> AbstractContextManager[Any]:
-        """Inside, the current stream is the one for copies from peers."""
+    def mark(self, beside: bool = False) -> Any:
+        """A point in the work, for one `after`."""
 
-    def mark(self) -> Any:
-        """A point in the current stream, for `after`."""
-
-    def after(self, mark: Any) -> None:
-        """What follows on the current stream waits for that point."""
+    def after(self, mark: Any, beside: bool = False) -> None:
+        """What follows waits for that point."""
 
 
 class SymmetricMemory:
@@ -60,55 +65,73 @@ class SymmetricMemory:
         self._driver = _Driver()
         # Priority gives it hardware queues of its own: a wait at the head of a shared one would hold other streams up.
         self._stream = torch.cuda.Stream(device, priority=-1)
+        self._raw = self._stream.cuda_stream
+        self._events: list[torch.cuda.Event] = []  # unused ones: making them costs the host more than recording
+        self._addresses = list(self._handle.buffer_ptrs)
 
     def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         start, odd = divmod(FLAG_BYTES + offset, dtype.itemsize)
         assert odd == 0
         return self._handle.get_buffer(rank, shape, dtype, start)
 
-    def post(self, rank: int, flag: int, value: int) -> None:
-        self._driver.write(self._address(rank, flag), value)
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        assert to.shape == source.shape and to.dtype == source.dtype  # noqa: PT018
+        assert to.is_contiguous() and source.is_contiguous()  # noqa: PT018
+        if to.numel():
+            self._driver.copy(self._raw, to.data_ptr(), source.data_ptr(), to.numel() * to.element_size())
+
+    def fill(self, to: Tensor, value: float) -> None:
+        with torch.cuda.stream(self._stream):
+            to.fill_(value)
+
+    def post(self, rank: int, flag: int, value: int, beside: bool = False) -> None:
+        stream = self._raw if beside else torch.cuda.current_stream().cuda_stream
+        self._driver.write(stream, self._address(rank, flag), value)
 
     def wait(self, flag: int, value: int) -> None:
-        self._driver.wait(self._address(self.rank, flag), value)
+        self._driver.wait(self._raw, self._address(self.rank, flag), value)
 
-    def beside(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(self._stream)
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record()
+    def mark(self, beside: bool = False) -> torch.cuda.Event:
+        event = self._events.pop() if self._events else torch.cuda.Event()
+        event.record(self._stream if beside else None)
         return event
 
-    def after(self, mark: torch.cuda.Event) -> None:
-        mark.wait()
+    def after(self, mark: torch.cuda.Event, beside: bool = False) -> None:
+        mark.wait(self._stream if beside else None)
+        self._events.append(mark)  # the wait took note of the event's present record
 
     def _address(self, rank: int, flag: int) -> int:
         assert 0 <= 4 * flag < FLAG_BYTES
-        return self._handle.buffer_ptrs[rank] + 4 * flag
+        return self._addresses[rank] + 4 * flag
 
 
 class _Driver:
-    """Two calls of the CUDA driver that torch does not offer as a pair."""
+    """Calls of the CUDA driver: two that torch does not offer as a pair, and a copy to a stream that is not current."""
 
     AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ, cyclic in 32 bits
 
     def __init__(self) -> None:
         library = ctypes.CDLL("libcuda.so.1")
         self._write, self._wait = library.cuStreamWriteValue32_v2, library.cuStreamWaitValue32_v2
+        self._copy = library.cuMemcpyAsync
         for call in (self._write, self._wait):
             call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
             call.restype = ctypes.c_int
+        self._copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+        self._copy.restype = ctypes.c_int
 
-    def write(self, address: int, value: int) -> None:
-        self._check(self._write(torch.cuda.current_stream().cuda_stream, address, value & 0xFFFFFFFF, 0))
+    def write(self, stream: int, address: int, value: int) -> None:
+        self._check(self._write(stream, address, value & 0xFFFFFFFF, 0))
 
-    def wait(self, address: int, value: int) -> None:
-        self._check(self._wait(torch.cuda.current_stream().cuda_stream, address, value & 0xFFFFFFFF, self.AT_LEAST))
+    def wait(self, stream: int, address: int, value: int) -> None:
+        self._check(self._wait(stream, address, value & 0xFFFFFFFF, self.AT_LEAST))
+
+    def copy(self, stream: int, to: int, source: int, nbytes: int) -> None:
+        self._check(self._copy(to, source, nbytes, stream))
 
     def _check(self, status: int) -> None:
         if status:
-            raise RuntimeError(f"CUDA driver error {status} on a stream memory operation")
+            raise RuntimeError(f"CUDA driver error {status} on a copy or a stream memory operation")
 
 
 def unreachable(group: dist.ProcessGroup, device_type: str) -> str | None:

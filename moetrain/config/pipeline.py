@@ -37,6 +37,11 @@ def rank_of_stage(parallel: ParallelConfig, stage: int) -> int:
     return parallel.pp - 1 - place if parallel.schedule in V_SCHEDULES and turn % 2 else place
 
 
+def runs_here(schedule: str) -> bool:
+    """Whether this version of torch can run the schedule."""
+    return schedule not in V_SCHEDULES or tuple(map(int, version("torch").split(".")[:2])) >= V_TORCH
+
+
 def micro_batches(config: Config, layout: Layout) -> int:
     """Micro-steps of one optimizer step."""
     per_rank = config.train.global_batch // layout.dp
@@ -55,7 +60,7 @@ def check_pipeline(config: Config, layout: Layout) -> None:
     if parallel.reshard_after_forward:
         reason = "would gather every parameter again for each micro-batch of a pipeline"
         raise _refuse("parallel.reshard_after_forward", "true", reason, "false")
-    if parallel.schedule in V_SCHEDULES and tuple(map(int, version("torch").split(".")[:2])) < V_TORCH:
+    if not runs_here(parallel.schedule):
         reason = f"needs torch 2.13 for its split backward pass; this is {version('torch')}"
         raise _refuse("parallel.schedule", parallel.schedule, reason, "interleaved")
     if parallel.recompute != "none" and parallel.schedule in V_SCHEDULES:

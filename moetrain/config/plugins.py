@@ -11,9 +11,10 @@ from typing import Any
 from moetrain.config.schema import Config
 
 PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
-# Keys beside a plugin's own options: for every router (observe/tape.py), for every dispatcher (moe/capacity.py).
+# Keys beside a plugin's own options: for every router (observe/tape.py), for every dispatcher (moe/capacity.py,
+# moe/placement.py).
 ROUTER_KEYS = ("record", "replay")
-DISPATCH_KEYS = ("capacity",)
+DISPATCH_KEYS = ("capacity", "placement")
 
 
 def router_options(router: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def validate(config: Config, world: int) -> Layout:
         for key in ("ep", "etp"):
             if getattr(layout, key) > 1:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
+    _check_placement(config, layout)
     _check_init(config)
     _check_retention(config)
     _check_tape(config)
@@ -148,6 +149,21 @@ def _check_experts(config: Config, layout: Layout) -> None:
     by_width, by_model = (layout.edp_shard, 1) if layout.etp == 1 else (layout.etp, layout.edp_shard)
     _check_multiple("model.moe.d_expert", moe.d_expert, by_width, f"the {by_width} ranks that share each expert")
     _check_multiple("model.d_model", config.model.d_model, by_model, f"the {by_model} ranks that shard each slice")
+
+
+def _check_placement(config: Config, layout: Layout) -> None:
+    """An option that could never move anything is a mistake."""
+    placement, n_experts = config.dispatch.get("placement") or {}, config.model.moe.n_experts
+    if not (every := placement.get("every", 0)):
+        return
+    key, each = "dispatch.placement.every", n_experts // layout.ep
+    if not n_experts:
+        raise _refuse(key, every, "needs experts, but model.moe.n_experts=0", 0)
+    if layout.ep == 1:
+        raise _refuse(key, every, "has no ranks to move experts between, because parallel.ep=1", 0)
+    if each == 1:
+        reason = f"cannot even out ranks with one expert each: parallel.ep={layout.ep}, model.moe.n_experts={n_experts}"
+        raise _refuse(key, every, reason, 0)
 
 
 def _check_multiple(key: str, value: int, of: int, what: str) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+
+from moetrain.comm.collectives import all_reduce_sum
+from moetrain.moe.types import Totals
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,18 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
-        return Batch(
-            self.token_BS.to(device, non_blocking=True),
-            self.target_BS.to(device, non_blocking=True),
-            self.loss_mask_BS.to(device, non_blocking=True),
-            self.position_BS.to(device, non_blocking=True),
-            self.document_BS.to(device, non_blocking=True),
-            self.sample_ids,
+        """The same batch on `device`. Through pinned memory: a copy from any other waits for all earlier work."""
+
+        def move(t: torch.Tensor) -> torch.Tensor:
+            return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else t.to(device)
+
+        return replace(
+            self,
+            token_BS=move(self.token_BS),
+            target_BS=move(self.target_BS),
+            loss_mask_BS=move(self.loss_mask_BS),
+            position_BS=move(self.position_BS),
+            document_BS=move(self.document_BS),
         )
 
 
@@ -92,3 +101,19 @@ def make_batch(rows: list[Row], seq_len: int, documents: str) -> Batch:
         torch.from_numpy(document_BS),
         [row.sample_id for row in rows],
     )
+
+
+def global_totals(batches: Sequence[Batch], dp: int, group: dist.ProcessGroup) -> Totals:
+    """Sizes of the global batch of which this rank has `batches`, one a micro-step. Collective over `group`.
+
+    dp: data-parallel ranks. group: the ranks that read different tokens.
+    """
+    local = torch.stack(
+        [
+            torch.stack([b.loss_mask_BS.sum() for b in batches]).sum(),
+            torch.stack([(b.document_BS >= 0).sum() for b in batches]).sum(),
+        ]
+    ).double()
+    loss_tokens, tokens = all_reduce_sum(local, group).clamp(min=1)
+    rows = sum(len(b.sample_ids) for b in batches) * dp
+    return Totals(loss_tokens, tokens, rows, len(batches))

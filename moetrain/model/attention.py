@@ -41,9 +41,8 @@ class GQA(nn.Module):
         if a.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for t in (q, k, v))
-        if a.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(t, context.cos_sin, a.rope.interleaved) for t in (q, k))
+        norms = (self.q_norm, self.k_norm) if a.qk_norm == "head" else (None, None)
+        q, k = (rotate(t, context.cos_sin, a.rope.interleaved, norm) for t, norm in zip((q, k), norms))
         y_BHSd = attend(q, k, v, context, a.head_dim**-0.5)
         return self.w_o(y_BHSd.transpose(1, 2).flatten(2))
 

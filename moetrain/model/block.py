@@ -36,8 +36,7 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.d_model, config.d_ff)
 
     def forward(self, x_BSD: Tensor, context: ForwardContext, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context)
-        h_BSD = self.ffn_norm(x_BSD)
+        x_BSD, h_BSD = self.ffn_norm.add(x_BSD, self.attention(self.attention_norm(x_BSD), context))
         if not self.is_moe:
             return x_BSD + self.mlp(h_BSD), carry
         y_BSD, carry = self.moe(h_BSD, self.own_tokens(context), carry)

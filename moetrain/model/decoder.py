@@ -17,6 +17,19 @@ from moetrain.moe.types import TokenContext
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
+class Head(nn.Linear):
+    """The output embedding; a module that is called, so that FSDP gathers it when it is needed and not before."""
+
+    def forward(self, h_BSD: Tensor, criterion: Criterion | None = None) -> Tensor:  # type: ignore[override]
+        return project(h_BSD, self.weight, criterion)
+
+
+def project(h_BSD: Tensor, weight_VD: Tensor, criterion: Criterion | None) -> Tensor:
+    """Logits [B, S, V], or what the criterion makes of hidden states and weight."""
+    weight_VD = local(weight_VD)
+    return F.linear(h_BSD, weight_VD) if criterion is None else criterion(h_BSD.flatten(0, 1), weight_VD)
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer.
 
@@ -36,7 +49,7 @@ class Decoder(nn.Module):
         # A dict keeps a layer's number, and so its parameters' names, in a pipeline stage that holds only some of them.
         self.layers = nn.ModuleDict({str(i): Block(config, i, build_moe) for i in range(config.n_layers)})
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Head(config.d_model, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -58,7 +71,6 @@ class Decoder(nn.Module):
         if self.norm is None:
             return (x_BSD,) if carry is None else (x_BSD, carry)
         h_BSD = self.gather(self.norm(x_BSD))
-        weight_VD = local(self.embed.weight if self.head is None else self.head.weight)
-        if criterion is None:
-            return F.linear(h_BSD, weight_VD)
-        return criterion(h_BSD.flatten(0, 1), weight_VD)
+        if self.head is None:
+            return project(h_BSD, self.embed.weight, criterion)
+        return self.head(h_BSD, criterion)

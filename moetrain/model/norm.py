@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.moe.fused import fused
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim. The operator computes in fp32 inside, in fp64 for fp64."""
@@ -17,4 +19,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim], dtype kept."""
+        if fused(x):
+            import moetrain_kernels
+
+            return moetrain_kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and the norm of it."""
+        if fused(x):
+            import moetrain_kernels
+
+            return moetrain_kernels.add_rms_norm(x, delta, self.weight, self.eps)
+        x = x + delta
+        return x, self(x)

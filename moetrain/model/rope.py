@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from moetrain.config.model import RopeConfig
+from moetrain.model.norm import RMSNorm
+from moetrain.moe.fused import fused
 
 
 def frequencies(config: RopeConfig, dim: int, device: torch.device | None = None) -> Tensor:
@@ -60,11 +62,19 @@ def tables(config: RopeConfig, dim: int, position_BS: Tensor) -> tuple[Tensor, T
     return angle_BSr.cos()[:, None] * factor, angle_BSr.sin()[:, None] * factor
 
 
-def rotate(x_BHSd: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+def rotate(x_BHSd: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool, norm: RMSNorm | None = None) -> Tensor:
     """Turn each pair of x by its angle. Pairs are (i, i+d/2), or (2i, 2i+1) when interleaved.
 
     The result is in halves in both cases: queries and keys are permuted alike, so their products do not change.
+    norm: of each head, before it turns.
     """
+    if fused(x_BHSd):
+        import moetrain_kernels
+
+        weight_d, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return moetrain_kernels.norm_rope(x_BHSd, weight_d, cos_sin, eps, interleaved)
+    if norm is not None:
+        x_BHSd = norm(x_BHSd)
     cos, sin = cos_sin
     a, b = (x_BHSd[..., 0::2], x_BHSd[..., 1::2]) if interleaved else x_BHSd.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BHSd.dtype)

@@ -17,10 +17,10 @@ class Kept:
 
     expert_TK: the chosen experts. keep_TK: those that capacity did not drop.
     rows: row counts that an exchange learnt from other ranks, which needs no second one: the dispatcher's own.
-    calls: None before the exchange's first pass, then what its recomputed pass leaves for the backward pass.
+    work: None before the exchange's first pass, then what its recomputed pass leaves for the backward pass.
     """
 
     expert_TK: Tensor | None = None
     keep_TK: Tensor | None = None
     rows: Any = None
-    calls: list[Any] | None = None
+    work: list[Any] | None = None

@@ -161,6 +161,8 @@ def format_row(row: Row) -> str:
     if load:
         layer = max(load, key=lambda name: load[name])
         parts.append(f"load {load[layer]:.2f}x in layer {layer}")
+    if row.get("rank_load_max_over_mean") is not None:
+        parts.append(f"ranks {row['rank_load_max_over_mean']:.2f}x")
     return "  ".join(parts)
 
 

@@ -10,9 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moetrain.moe.placement import loads
+
 
 def load_metrics(
-    layers: Sequence[int], count_LE: Tensor, entropy_L: Tensor, dropped_L: Tensor, tokens: Tensor | float
+    layers: Sequence[int],
+    count_LE: Tensor,
+    entropy_L: Tensor,
+    dropped_L: Tensor,
+    tokens: Tensor | float,
+    rank_LE: Tensor | None = None,
 ) -> dict[str, float]:
     """The `moe/{layer}/...` metrics of one optimizer step, from sums over the whole global batch.
 
@@ -21,6 +28,7 @@ def load_metrics(
     entropy_L: sum over valid tokens of the entropy, in nats, of the router's distribution over experts.
     dropped_L: chosen (token, expert) pairs that capacity dropped.
     tokens: valid tokens of the global batch.
+    rank_LE: on the CPU, the rank of the ep group that has each expert, all equally many; None without such ranks.
 
     Per layer, with c = count over experts and m its mean:
     load_max_over_mean = max(c) / m: 1 is perfect balance, E is collapse onto one expert.
@@ -28,6 +36,8 @@ def load_metrics(
     router_entropy = entropy sum / tokens: ln(E) is undecided, 0 is certain.
     dead_experts = experts nobody chose in this step.
     dropped_share = dropped / sum(c).
+    rank_load_max_over_mean = as the first, of ranks instead of experts: choices of all experts that a rank has; and,
+    without a layer in its name, the largest of all layers. Left out without rank_LE.
     A layer that routed nothing has 0 for all but dead_experts, so that every value is finite.
     """
     assert count_LE.shape[0] == entropy_L.shape[0] == dropped_L.shape[0] == len(layers)
@@ -45,8 +55,14 @@ def load_metrics(
         "dead_experts": (count_LE == 0).sum(1),
         "dropped_share": _ratio(dropped_L, count_LE.sum(1)),
     }
+    if rank_LE is not None:
+        load_LR = loads(count_LE, rank_LE, int(rank_LE.max()) + 1)
+        per_layer["rank_load_max_over_mean"] = _ratio(load_LR.amax(1), load_LR.mean(1))
     values = {name: value_L.tolist() for name, value_L in per_layer.items()}
-    return {f"moe/{layer}/{name}": values[name][i] for i, layer in enumerate(layers) for name in values}
+    metrics = {f"moe/{layer}/{name}": values[name][i] for i, layer in enumerate(layers) for name in values}
+    if rank_LE is not None:
+        metrics["rank_load_max_over_mean"] = max(values["rank_load_max_over_mean"])
+    return metrics
 
 
 def _ratio(part_L: Tensor, whole_L: Tensor) -> Tensor:

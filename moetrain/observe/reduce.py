@@ -1,4 +1,5 @@
-"""One all-reduce for everything a step reports: losses, expert counts, and whether any rank was asked to stop."""
+"""One all-reduce for everything a step reports: losses, expert counts, and whether any rank was asked to stop; and one
+transfer to the host."""
 
 from __future__ import annotations
 
@@ -31,6 +32,33 @@ class StepSums:
     def loss(self) -> Tensor:
         """The objective: cross-entropy and every auxiliary loss."""
         return sum(self.losses.values(), start=self.ce_loss)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the host knows of a step: StepSums with tensors on the CPU, all numbers in `values` by their metric's name.
+
+    wrong: some rank flagged the step. stop: some rank was asked to stop.
+    """
+
+    wrong: bool
+    stop: bool
+    values: dict[str, float]
+    count_LE: Tensor
+    entropy_L: Tensor
+    dropped_L: Tensor
+
+
+def read_step(sums: StepSums, norm: Tensor, tokens: Tensor, flag: Tensor) -> Told:
+    """All that the host learns of a step, in one transfer and before the update: while the device makes that, the host
+    is on its way into the next step. tokens: of the global batch. flag: positive if the step must not be taken."""
+    terms = {"loss": sums.loss, "ce_loss": sums.ce_loss, **sums.losses, "grad_norm": norm, "tokens": tokens}
+    scalars = torch.stack([x.double() for x in (flag, sums.stop, *terms.values())])
+    parts = [scalars, sums.entropy_L, sums.dropped_L, sums.count_LE.double().flatten()]
+    scalars, entropy_L, dropped_L, count_N = torch.cat(parts).cpu().split([part.numel() for part in parts])
+    wrong, stop, *values = scalars.tolist()
+    count_LE = count_N.view(sums.count_LE.shape)
+    return Told(wrong > 0, stop > 0, dict(zip(terms, values)), count_LE, entropy_L, dropped_L)
 
 
 def reduce_step(

@@ -97,6 +97,8 @@ def _load_lines(rows: list[Row]) -> list[tuple[str, str]]:
     dead = _median(recent, f"moe/{worst}/dead_experts") or 0.0
     dropped = _median(recent, f"moe/{worst}/dropped_share") or 0.0
     text = f"layer {worst}: max/mean {load[worst]:.2f}, cv {cv:.2f}, dead experts {dead:.0f}, dropped {dropped:.2%}"
+    rank = _median(recent, "rank_load_max_over_mean")
+    text += f", fullest rank {rank:.2f}" if rank else ""
     return [("worst load", f"{text} (median of the last {len(recent)} steps)")]
 
 

@@ -77,7 +77,7 @@ class RunLog:
         self.console.note(text)
 
     def began(self, notes: list[str], skipped: dict[str, list[str]]) -> None:
-        """After `start`: say `notes`; say and record the damaged checkpoints that a resume passed over."""
+        """After `start`: say `notes`; say and record the damaged checkpoints that were passed over."""
         for text in notes:
             self.note(text)
         for name, problems in skipped.items():

@@ -34,15 +34,17 @@ def grad_norm(parameters: Iterable[Tensor], stages: dist.ProcessGroup | None = N
         return torch.zeros(())
     wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     zero = torch.zeros((), dtype=wide, device=parameters[0].device)
-    squares: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
+    grads: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for parameter in parameters:
         # Keys come from the parameter, not its gradient: every rank then takes part in the same all-reduces.
-        groups = _sharded_over(parameter)
-        square = zero if parameter.grad is None else _local_square(parameter.grad, wide)
-        squares[groups] = squares.get(groups, zero) + square
+        held = grads.setdefault(_sharded_over(parameter), [])
+        if parameter.grad is not None:
+            held.append(_reduced(parameter.grad))
     total = zero.clone()
-    for groups, square in squares.items():
-        square = square.clone()
+    for groups, held in grads.items():
+        # One launch for all of them. A tensor without elements has no norm that every torch can give.
+        norms = torch._foreach_norm([grad for grad in held if grad.numel()], ord=2, dtype=wide) if held else []
+        square = torch.stack(list(norms)).square().sum() if norms else zero.clone()
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square
@@ -62,11 +64,17 @@ def clip_(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
         raise ValueError(f"max_grad_norm is {max_norm}; the nearest legal value is 0 (no clipping)")
     if max_norm == 0:
         return
-    scale = (max_norm / norm).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            here = local(parameter.grad)
-            here.mul_(scale.to(here.dtype))
+    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0).to(grads[0].dtype))
+
+
+def clip_for(optimizer: Any, parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """`clip_` before a step of `optimizer`, which does it itself if it can: a pass less over all gradients."""
+    if max_norm > 0 and getattr(optimizer, "divides", False):
+        optimizer.grad_divisor = (norm.float() / max_norm).clamp(min=1.0)
+    else:
+        clip_(parameters, max_norm, norm)
 
 
 def check_finite(norm: Tensor, step: int, sample_ids: Sequence[Any] = ()) -> None:
@@ -92,7 +100,8 @@ def _sharded_over(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:
     )
 
 
-def _local_square(grad: Tensor, wide: torch.dtype) -> Tensor:
+def _reduced(grad: Tensor) -> Tensor:
+    """What this rank holds of a gradient. ValueError if ranks hold only addends of it."""
     if isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements):
         raise ValueError(f"a gradient of shape {tuple(grad.shape)} is not reduced yet: placements {grad.placements}")
-    return torch.linalg.vector_norm(local(grad), dtype=wide).square()
+    return local(grad)

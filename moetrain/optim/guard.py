@@ -26,18 +26,22 @@ class BadStepGuard:
         self.max_loss = 3 * math.log(config.model.vocab_size) if train.max_loss is None else train.max_loss
         self.bad = 0
 
-    def judge(self, ce_loss: Tensor, loss: Tensor, norm: Tensor) -> str:
-        """What is wrong with a step of these sums; empty if nothing is. Collective, and waits for the device.
+    def flag(self, ce_loss: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
+        """0-d, positive if on any rank something is wrong with a step of these sums. Collective; waits for nothing.
 
         ce_loss, loss: nats/token over the global batch. norm: of the gradient, before clipping.
         """
-        limit = self.max_loss or math.inf
-        fine = loss.isfinite() & norm.isfinite() & (ce_loss <= limit)
-        if not _anywhere(~fine):
+        fine = loss.isfinite() & norm.isfinite() & (ce_loss <= (self.max_loss or math.inf))
+        return _flagged(~fine)
+
+    def judge(self, wrong: bool, ce_loss: float, loss: float, norm: float) -> str:
+        """What is wrong with a step whose `flag` was `wrong`, with the same sums; empty if nothing is."""
+        if not wrong:
             return ""
         self.bad += 1
-        above = f", above train.max_loss={limit:.4g}" if ce_loss.item() > limit else ""
-        return f"loss {loss.item():.6g} (cross-entropy {ce_loss.item():.6g}{above}), gradient norm {norm.item():.6g}"
+        limit = self.max_loss or math.inf
+        above = f", above train.max_loss={limit:.4g}" if ce_loss > limit else ""
+        return f"loss {loss:.6g} (cross-entropy {ce_loss:.6g}{above}), gradient norm {norm:.6g}"
 
     def verdict(self, step: int, wrong: str, read: list[tuple[int, list[str]]]) -> tuple[str, str]:
         """skip or rollback, and a line about the step just judged bad. Raises RuntimeError with that line to stop.
@@ -55,12 +59,12 @@ class BadStepGuard:
         """Raise RuntimeError on every rank if any weight is not finite: call it before a checkpoint. Collective."""
         local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         largest = torch._foreach_norm([p.detach() for p in local if p.numel()], ord=math.inf)
-        if _anywhere(~torch.stack([x.double() for x in largest]).isfinite().all()):
+        if _flagged(~torch.stack([x.double() for x in largest]).isfinite().all()).item():
             raise RuntimeError(f"weights are not finite after step {step}: no checkpoint of it is written")
 
 
-def _anywhere(flag: Tensor) -> bool:
-    """Whether any rank's 0-d flag is set."""
+def _flagged(flag: Tensor) -> Tensor:
+    """Whether any rank's 0-d flag is set, as a number on the device."""
     seen = flag.int()
     dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return bool(seen.item())
+    return seen

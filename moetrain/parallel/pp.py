@@ -69,9 +69,14 @@ class Stage(Decoder):
         self.micro = 0
         self.layers = nn.ModuleDict({str(i): whole.layers[str(i)] for i in layers})
 
-    def forward(self, *received: Tensor) -> Any:  # type: ignore[override]
+    def __call__(self, *received: Tensor | None) -> Any:
+        # On a GPU, FSDP of torch 2.11 takes it that a module has an argument.
+        return super().__call__(*(received or (None,)))
+
+    def forward(self, *received: Tensor | None) -> Any:  # type: ignore[override]
         work = self.work[self.micro]
-        out = super().forward(work.token_BS, work.context, work.criterion, received)
+        tensors = tuple(tensor for tensor in received if tensor is not None)
+        out = super().forward(work.token_BS, work.context, work.criterion, tensors)
         if not self.last:
             return out
         assert isinstance(out, Tensor)

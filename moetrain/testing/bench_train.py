@@ -3,9 +3,9 @@
     python -m moetrain.testing.bench_train [--dry-run] [--gpus N] [--steps 12] [--natural-steps 500] [--only WORDS]
 
 Shapes: configs/experiment/bench_*.yaml, 4 sequences of 4096 tokens a GPU. Routing: forced balanced, forced by Zipf's
-law (exponent 0.6), and natural, which is measured after --natural-steps of training. A row's speed is the median of the
-last half of its steps. TFLOP/s counts active parameters (plan/params.py); `matmul` is what an 8192^3 bf16 product
-reaches on this machine in the same run.
+law (exponent 0.6), and natural, which is measured after --natural-steps of training with the model's own balance loss.
+A row's speed is the median of the last half of its steps. TFLOP/s counts active parameters (plan/params.py); `matmul`
+is what an 8192^3 bf16 product reaches on this machine in the same run.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ STACKS = ("moetrain", "transformers + FSDP2")
 SEQUENCES = 4  # a GPU and step
 EVEN_FIT = {"bench_qwen3_12l": 4, "bench_mixtral_4l": 2}  # layers whose optimizer state one GPU of 140 GB holds
 
+BALANCE = {"bench_qwen3_12l": "qwen3_30b_a3b", "bench_mixtral_4l": "mixtral_8x7b"}  # published with the model
+
 
 @dataclass(frozen=True)
 class Case:
@@ -54,8 +56,10 @@ class Case:
         to = [str(out / "metrics.jsonl"), str(self.steps)]
         if self.stack != "moetrain":
             return [*run, "moetrain.testing.peer_transformers", *to, self.routing, *self.overrides]
-        forced = [] if self.routing == "natural" else ["router=forced", f"router.distribution={self.routing}"]
-        return [*run, "moetrain.testing.bench_ours", *to, *self.overrides, f"parallel.ep={self.gpus}", *forced]
+        routed = ["router=forced", f"router.distribution={self.routing}"]
+        if self.routing == "natural":
+            routed = [f"balance={BALANCE[self.shape]}"]
+        return [*run, "moetrain.testing.bench_ours", *to, *self.overrides, f"parallel.ep={self.gpus}", *routed]
 
 
 def cases(gpus: int, steps: int, natural_steps: int) -> list[Case]:

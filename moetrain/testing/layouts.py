@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moetrain.config.pipeline import runs_here
 from moetrain.mesh.layout import Layout, make_layout
 from moetrain.testing.small import SMALL_MODEL
 
@@ -40,6 +41,12 @@ class Case:
         return " ".join([*dp, *degrees, *(option.removeprefix("parallel.") for option in self.extra)]) or "one process"
 
     @property
+    def runs_here(self) -> bool:
+        """Not on a torch that is too old for its schedule."""
+        asked = [option.removeprefix("parallel.schedule=") for option in self.extra if "schedule=" in option]
+        return all(map(runs_here, asked))
+
+    @property
     def layout(self) -> Layout:
         return make_layout(self.world, **self.degrees)
 
@@ -50,7 +57,8 @@ class Case:
         degrees = [f"parallel.{key}={value}" for key, value in self.degrees.items()]
         # What experts=auto measures to be fastest may differ between layouts, and so may its rounding.
         experts = ["experts=grouped_mm"] if cuda and precision == "bf16" else []
-        return [*(CUDA_MODEL if cuda else MODEL), *data, *run, *degrees, *experts, *self.extra]
+        chunks = ["dispatch.chunks=1"] if cuda else []  # measuring which number is best would take longer than the run
+        return [*(CUDA_MODEL if cuda else MODEL), *data, *run, *degrees, *experts, *chunks, *self.extra]
 
 
 def _case(world: int, *extra: str, micro_steps: int = 2, quick: bool = False, **degrees: int) -> Case:

@@ -3,17 +3,18 @@
     scripts/bench_overlap.sh [--dry-run] [--shapes stand-in qwen3 mixtral] [--routing balanced skewed]
 
 Every rank has different tokens; ep is the number of GPUs. `compute only` is one call of the fastest expert backend on
-the rows that a rank's experts get, already there. Times are medians of device events of the slowest rank, in ms;
-error is the largest relative L2 distance of y, dx, dgates, dw from the same backend in one process.
+the rows that a rank's experts get, already there; it and a layer take turns, and ratios are within a pair. Times are
+medians of device events of the slowest rank, in ms, and behind each of the host's time to launch it; error is the
+largest relative L2 distance of y, dx, dgates, dw from the same backend in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -103,20 +104,41 @@ def step(layer: Layer, p: Problem, weights: Weights, backend: ExpertBackend, bac
     return [y.detach(), *(torch.autograd.grad(y, (x, gate, w1, w2), p.dy_TD) if backward else ())]
 
 
-def slowest_ms(run: Callable[[], object]) -> float:
-    """Median of the repeats, of the slowest rank."""
-    for _ in range(WARMUP):
-        run()
-    dist.barrier()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
-    for event in events[:-1]:
-        event.record()
-        run()
-    events[-1].record()
+@dataclass(frozen=True)
+class Took:
+    """ms of one call, of the slowest rank: on the device, and on the host, which waits for nothing."""
+
+    device: float
+    host: float
+
+    def cells(self, limit: Took) -> str:
+        """In a row of the table."""
+        return f"{self.device:.3f} | {self.device / limit.device:.2f} | {self.host:.2f}"
+
+
+def slowest_ms(*runs: Callable[[], object]) -> list[Took]:
+    """Medians of each, the runs taking turns: a GPU under power slows down by a tenth within 0.1 s.
+
+    Before each one the ranks meet on the device, so that none is charged for another's lag.
+    """
+    meet = torch.zeros(1, device="cuda")
+    events, hosts = [], []
+    for _ in range(WARMUP + REPEATS):
+        for run in runs:
+            dist.all_reduce(meet)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            clock = time.perf_counter()
+            run()
+            hosts.append(1e3 * (time.perf_counter() - clock))
+            end.record()
+            events.append((begin, end))
     torch.cuda.synchronize()
-    took = torch.tensor(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), device="cuda")
+    kinds, n = ([begin.elapsed_time(end) for begin, end in events], hosts), len(runs)
+    columns = [[statistics.median(times[n * WARMUP + i :: n]) for times in kinds] for i in range(n)]
+    took = torch.tensor(columns, device="cuda")
     dist.all_reduce(took, op=dist.ReduceOp.MAX)
-    return float(took)
+    return [Took(*column) for column in took.tolist()]
 
 
 def backends(shape: Shape) -> dict[str, ExpertBackend]:
@@ -148,18 +170,27 @@ def arrived(p: Problem, weights: Weights, n_experts: int) -> tuple[Tensor, Tenso
     return seen[0]
 
 
-def compute_only(p: Problem, weights: Weights, shape: Shape) -> tuple[ExpertBackend, str, float, float]:
-    """The fastest backend, its name, and its forward and forward + backward ms on the rows that a rank gets."""
+@dataclass
+class Limit:
+    """The fastest backend on the rows that a rank gets, already there, in one call: what layers are compared with."""
+
+    there: Problem
+    weights: Weights
+    backend: ExpertBackend
+    name: str
+
+    def run(self, backward: bool) -> list[Tensor]:
+        return step(LocalDispatch(), self.there, self.weights, self.backend, backward)
+
+
+def compute_only(p: Problem, weights: Weights, shape: Shape) -> Limit:
+    """Forward and backward decide which backend that is."""
     x_MD, slot_MK, gate_MK = arrived(p, weights, shape.E)
     there = Problem(x_MD, torch.randn_like(x_MD), replace(p.routing, expert_TK=slot_MK, gate_TK=gate_MK), p.weights)
-    layer, best = LocalDispatch(), None
-    for name, backend in backends(shape).items():
-        both = slowest_ms(lambda b=backend: step(layer, there, weights, b, True))  # type: ignore[misc]
-        if best is None or both < best[3]:
-            forward = slowest_ms(lambda b=backend: step(layer, there, weights, b, False))  # type: ignore[misc]
-            best = (backend, name, forward, both)
-    assert best is not None, "no expert backend runs here"
-    return best
+    limits = [Limit(there, weights, backend, name) for name, backend in backends(shape).items()]
+    assert limits, "no expert backend runs here"
+    took = slowest_ms(*(lambda limit=limit: limit.run(True) for limit in limits))  # type: ignore[misc]
+    return min(zip(took, limits), key=lambda pair: pair[0].device)[1]
 
 
 def one_process(p: Problem, backend: ExpertBackend, rank: int, ranks: int) -> list[Tensor]:
@@ -179,14 +210,19 @@ def distance(got: list[Tensor], want: list[Tensor]) -> float:
     return float(worst)
 
 
+def turns(layer: Layer, p: Problem, weights: Weights, limit: Limit, backward: bool) -> list[Took]:
+    """A layer and the limit, in turn."""
+    return slowest_ms(lambda: step(layer, p, weights, limit.backend, backward), lambda: limit.run(backward))
+
+
 def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: int) -> list[str]:
     """The table's rows of one shape and routing."""
     p = make_problem(shape, ZIPF[kind], rank)
     weights = p.block(rank, ranks)
-    backend, name, forward, both = compute_only(p, weights, shape)
-    want = one_process(p, backend, rank, ranks)
+    limit = compute_only(p, weights, shape)
+    want = one_process(p, limit.backend, rank, ranks)
     head = f"| {shape.name} EP={ranks} {kind}"
-    rows = [f"{head} | compute only ({name}) | {forward:.3f} | 1 | {both:.3f} | 1 | |"]
+    rows: list[str] = []
     some = ExchangeShape(shape.T, shape.D, shape.K, torch.bfloat16, "cuda")
     for label in transports:
         module, counts = TRANSPORTS[label]
@@ -194,20 +230,24 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
             best = None
             for chunks in counts:
                 layer = module.build(shape.E, dist.group.WORLD, some, chunks)  # type: ignore[attr-defined]
-                error = distance(step(layer, p, weights, backend, True), want)
-                took = slowest_ms(lambda f=layer: step(f, p, weights, backend, True))  # type: ignore[misc]
-                if best is None or took < best[2] or error > BAR:
-                    alone = slowest_ms(lambda f=layer: step(f, p, weights, backend, False))  # type: ignore[misc]
-                    best = (chunks, alone, took, error)
+                error = distance(step(layer, p, weights, limit.backend, True), want)
+                took, least = turns(layer, p, weights, limit, True)
+                if best is None or took.device < best[1].device or error > BAR:
+                    best = (layer, took, least, chunks, error)
                 if error > BAR:
                     break
             assert best is not None
-            chunks, alone, took, error = best
+            layer, took, least, chunks, error = best
+            alone, forward = turns(layer, p, weights, limit, False)
             verdict = "" if error < BAR else " WRONG"
-            cells = f"{alone:.3f} | {alone / forward:.2f} | {took:.3f} | {took / both:.2f} | {error:.1e}{verdict} |"
+            if not rows:
+                rows.append(
+                    f"{head} | compute only ({limit.name}) | {forward.cells(forward)} | {least.cells(least)} | |"
+                )
+            cells = f"{alone.cells(forward)} | {took.cells(least)} | {error:.1e}{verdict} |"
             rows.append(f"{head} | {label}, chunks={chunks} | {cells}")
         except (ValueError, RuntimeError) as problem:  # a transport that cannot run must not end the table
-            rows.append(f"{head} | {label} | failed: {str(problem).splitlines()[0][:100]} |||||")
+            rows.append(f"{head} | {label} | failed: {str(problem).splitlines()[0][:100]} |||||||")
         if rank == 0:
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -241,13 +281,13 @@ def main(argv: list[str] | None = None) -> int:
         print("needs two GPUs or more; --dry-run prints the plan", file=sys.stderr)
         return 1
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    lines = ["| layer | transport | forward ms | x compute | forward + backward ms | x compute | error |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| layer | transport | forward ms | x compute | host | forward + backward ms | x compute | host | error |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
         for kind in options.routing:
             lines += measure(shape, kind, options.transports, rank, ranks)
             torch.cuda.empty_cache()
-        lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||"] * (ranks != 4)
+        lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||||"] * (ranks != 4)
     if rank == 0:
         print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
         print("\n".join(lines))

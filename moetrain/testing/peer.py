@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +38,13 @@ class FileMemory:
         start = FLAG_BYTES + offset
         return self._memory[rank][start : start + size].view(dtype).view(shape)
 
-    def post(self, rank: int, flag: int, value: int) -> None:
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        to.copy_(source)
+
+    def fill(self, to: Tensor, value: float) -> None:
+        to.fill_(value)
+
+    def post(self, rank: int, flag: int, value: int, beside: bool = False) -> None:
         self._shake()
         self._flags(rank)[flag] = value
 
@@ -51,13 +55,10 @@ class FileMemory:
             time.sleep(1e-4)
         self._shake()
 
-    def beside(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def mark(self) -> None:
+    def mark(self, beside: bool = False) -> None:
         return None
 
-    def after(self, mark: None) -> None:
+    def after(self, mark: None, beside: bool = False) -> None:
         return None
 
     def _flags(self, rank: int) -> np.ndarray:

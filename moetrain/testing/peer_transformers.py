@@ -26,7 +26,7 @@ from moetrain.comm.start import start_distributed, stop_distributed
 from moetrain.config.compose import load_config
 from moetrain.config.schema import Config
 from moetrain.data.loader import Loader
-from moetrain.moe.router.forced import forced_scores
+from moetrain.moe.router.forced import forced_choice
 from moetrain.moe.types import TokenContext
 
 
@@ -86,7 +86,7 @@ def force(model: nn.Module, routing: str, k: int) -> None:
 
     def choose_forced(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         logit_TE = output[0]
-        index_TK = forced_scores(held["context"], logit_TE.float(), k, routing, 0.6).topk(k).indices
+        index_TK = forced_choice(held["context"], logit_TE.float(), k, routing, 0.6)
         gate_TK = logit_TE.float().softmax(-1).gather(-1, index_TK)
         return logit_TE, (gate_TK / gate_TK.sum(-1, keepdim=True)).to(output[1].dtype), index_TK
 

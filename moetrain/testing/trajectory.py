@@ -59,7 +59,8 @@ def open_trainer(overrides: list[str]) -> Trainer:
 
 
 def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Tensor]]:
-    """Train `steps` more steps; return each, and the weights after the last. Collective; raises as `record`."""
+    """Train `steps` more steps; return each, and the weights after the last, experts in logical order. Collective;
+    raises as `record`."""
     parameters = dict(trainer.model.named_parameters())
     seen: dict[str, Tensor] = {}
 
@@ -69,15 +70,18 @@ def record_steps(trainer: Trainer, steps: int) -> tuple[list[Step], dict[str, Te
         seen.update({name: _here(parameter.grad) for name, parameter in parameters.items()})
 
     handle = trainer.optimizer.register_step_pre_hook(capture)
-    rows, held = [], []
+    rows, held, slots = [], [], []
     for _ in range(steps):
+        slots.append(_slots(trainer))
         row, _ = trainer.train_step()
         assert row, "a bad step"
         rows.append(row)
         held.append(dict(seen))
     handle.remove()
     held.append({name: _here(parameter) for name, parameter in parameters.items()})
-    *gradients, weights = _assemble(_places(parameters), held)
+    slots.append(_slots(trainer))
+    wholes = _assemble(_places(parameters), held)
+    *gradients, weights = (_logical(tensors, of_layer) for tensors, of_layer in zip(wholes, slots))
     return [Step(row, gradient) for row, gradient in zip(rows, gradients)], weights
 
 
@@ -85,6 +89,16 @@ def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors by name, from what all ranks hold of them. Collective; AssertionError where two copies differ."""
     (assembled,) = _assemble(_places(tensors), [{name: _here(tensor) for name, tensor in tensors.items()}])
     return assembled
+
+
+def _slots(trainer: Trainer) -> dict[str, Tensor]:
+    """Where the experts of each layer are now."""
+    return {str(number): slot_E for number, slot_E in zip(trainer.placement.numbers, trainer.placement.slot_LE)}
+
+
+def _logical(tensors: dict[str, Tensor], slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo the placement of experts."""
+    return {name: t[slots[name.split(".")[1]]] if ".experts." in name else t for name, t in tensors.items()}
 
 
 def _places(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
@@ -150,6 +164,12 @@ def compare(run: list[Step], reference: list[Step]) -> Difference:
             if error > gradient:
                 gradient, where = error, f"{name} at step {index + 1}"
     return Difference(loss, norm, gradient, where)
+
+
+def farthest(differences: list[Difference]) -> Difference:
+    """The largest of each error."""
+    worst = max(differences, key=lambda d: d.gradient)
+    return Difference(max(d.loss for d in differences), max(d.norm for d in differences), worst.gradient, worst.where)
 
 
 def worst(run: list[Step], reference: list[Step]) -> float:

@@ -7,7 +7,7 @@ fp32 is held to its first step only.
 import pytest
 import torch
 
-from moetrain.moe.dispatch import exchange
+from moetrain.moe.experts.pieces import CallPieces
 from moetrain.parallel import fsdp
 from moetrain.testing import run_ranks
 from moetrain.testing.small import SMALL_MODEL
@@ -78,8 +78,8 @@ def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monke
     if fault == "mean instead of sum":
         monkeypatch.setattr(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
     elif fault == "experts doubled":
-        plain = exchange._Call.gradients
-        monkeypatch.setattr(exchange._Call, "gradients", lambda call, dy: plain(call, 2 * dy))
+        plain = CallPieces._gradients
+        monkeypatch.setattr(CallPieces, "_gradients", lambda work, piece, dy: plain(work, piece, 2 * dy))
     else:
         more = ["balance.switch.scope=micro_batch"]
         from moetrain.moe.balance import switch

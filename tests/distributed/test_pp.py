@@ -105,6 +105,18 @@ def test_a_routers_carry_crosses_stages(schedule, documents, tmp_path, monkeypat
     assert_equal(run, alone)
 
 
+def test_every_stage_is_called_with_an_argument(documents, tmp_path, monkeypatch):
+    """On a GPU, FSDP of torch 2.11 takes the first one; the first stage receives none."""
+    forward = pp.Stage.forward
+
+    def checked(self, *received):
+        assert len(received) > 0
+        return forward(self, *received)
+
+    monkeypatch.setattr(pp.Stage, "forward", checked)
+    train(documents, tmp_path / "run", 2, 2, PP2, steps=1)
+
+
 @pytest.mark.parametrize("fault", ["gradients scaled", "tied gradients apart", "norm of one stage"])
 def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monkeypatch):
     more, reference = [PP2], single[0][:2]

@@ -7,7 +7,7 @@ from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.mesh.build import Meshes
 from moetrain.moe.balance import switch
-from moetrain.moe.dispatch import exchange
+from moetrain.moe.experts.pieces import CallPieces
 from moetrain.parallel import tp
 from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALL_MODEL
@@ -99,12 +99,12 @@ def test_equals_one_process(name, documents, single, tmp_path):
 
 
 def break_it(fault, monkeypatch):
-    plain = {"gather": tp.gather_shards, "calls": exchange._Call.gradients, "replicated": tp._replicated}
+    plain = {"gather": tp.gather_shards, "calls": CallPieces._gradients, "replicated": tp._replicated}
     if fault == "router not summed":
         router = (8, 32)  # [E, D], the only parameter of this shape
         monkeypatch.setattr(tp, "_replicated", lambda p: plain["replicated"](p) and tuple(p.shape) != router)
     elif fault == "experts doubled":
-        monkeypatch.setattr(exchange._Call, "gradients", lambda call, dy: plain["calls"](call, 2 * dy))
+        monkeypatch.setattr(CallPieces, "_gradients", lambda work, piece, dy: plain["calls"](work, piece, 2 * dy))
     elif fault == "swapped source rank":
         monkeypatch.setattr(tp, "gather_shards", lambda x, dim, group: plain["gather"](x, dim, group).roll(32, dim))
     elif fault == "rows balanced in parts":

@@ -69,6 +69,7 @@ def test_four_ranks_train_then_a_finished_run_resumes_to_nothing(tmp_path):
         for layer in (0, 1):
             for key in ("load_max_over_mean", "load_cv", "router_entropy", "dead_experts", "dropped_share"):
                 assert f"moe/{layer}/{key}" in row
+        assert row["rank_load_max_over_mean"] == max(row[f"moe/{n}/rank_load_max_over_mean"] for n in (0, 1)) >= 1
     assert [("val_loss" in row) for row in steps] == [True, False, True, False, True]
     checkpoint = run_dir / "checkpoints" / "step_00000004"
     assert {p.name for p in checkpoint.iterdir()} == {"model", "optim", "trainer.json", "manifest.json"}

@@ -45,6 +45,8 @@ class AllGatherDispatch:
 
 
 class _Trip:
+    first_stays = False
+
     def __init__(self, group: dist.ProcessGroup, tokens: int, padded: int, pieces: int) -> None:
         self.group, self.tokens, self.missing, self.pieces = group, tokens, padded - tokens, pieces
 
@@ -79,6 +81,12 @@ class _Leg:
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
         label, rows = self.coming[piece]
         return rows.wait(), None if label is None else label.wait()
+
+    def room(self, piece: int) -> None:
+        return None
+
+    def rest(self) -> None:
+        return None
 
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         self.coming[piece] = (None, Moving(row_MD[:0]))

@@ -5,6 +5,7 @@ Shape suffixes: T tokens here, M rows that came to this rank's experts, K expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,10 +49,20 @@ class Dispatcher(Protocol):
 
 
 class Leg(Protocol):
-    """Rows on their way, all out and then all home, for one direction of a pass. Used once, in this order."""
+    """Rows on their way, all out and then all home, for one direction of a pass. Used once, in this order.
+
+    Pieces arrive in their order; they are given in the same one, but for a first one that stays, which is last.
+    """
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
         """The rows [M, D] and labels [M, L] of one piece that came to this rank, ready on the current stream."""
+
+    def room(self, piece: int) -> Tensor | None:
+        """Memory in which rows that will be given are best made, if there is any; they may come from elsewhere."""
+
+    def rest(self) -> Callable[[], tuple[Tensor, Tensor | None]] | None:
+        """If the rows of a first piece that stays are all tokens here, in order: what waits for and returns the sums
+        that came home from elsewhere, [P, at least T, D] and [P, as many, K]. They must then be given with it."""
 
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         """Start the way home of what this rank has for the rows of a piece."""
@@ -64,9 +75,11 @@ class Trip(Protocol):
     """Which rows of one micro-batch go where, in which pieces: what moves in both passes. made once, from the routing.
 
     pieces: calls of the experts, the same number on every rank; the first should need no waiting.
+    first_stays: the first one's rows do not travel: it is begun first, given last, and worked on beside both ways.
     """
 
     pieces: int
+    first_stays: bool
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> Leg:
         """Send every token's row to all ranks that hold any of its experts. Labels are small and travel along; they

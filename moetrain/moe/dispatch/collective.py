@@ -150,7 +150,7 @@ class AllToAllTrip:
         self, group: dist.ProcessGroup, tokens: int, parts: list[Part], padded: bool = False, fp8: bool = False
     ) -> None:
         self.group, self.tokens, self.parts, self.padded, self.fp8 = group, tokens, parts, padded, fp8
-        self.pieces = len(parts)
+        self.pieces, self.first_stays = len(parts), parts[0].counts is None
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
         return _Leg(self, row_TD, label_TL)
@@ -176,7 +176,7 @@ class _Leg:
             sent_TL = torch.cat([label_TL, scale_T1.to(label_TL.dtype)], dim=1)
         self.coming = {id(part): [self._move(t, part) for t in self._rows(part, sent_TD, sent_TL)] for part in moved}
         self.coming |= {id(part): [Moving(t) for t in self._rows(part, row_TD, label_TL)] for part in stays}
-        self.going: list[list[Moving]] = []
+        self.going: dict[int, list[Moving]] = {}
 
     def _rows(self, part: Part, row_TD: Tensor, label_TL: Tensor | None) -> list[Tensor]:
         token_N = self.token[id(part)]
@@ -210,16 +210,22 @@ class _Leg:
         torch.index_select(self.exact_TD, 0, own_N, out=row_ND[came : came + send[rank]])
         return row_ND
 
+    def room(self, piece: int) -> None:
+        return None
+
+    def rest(self) -> None:
+        return None
+
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         part = self.trip.parts[piece]
         given = [row_MD] if gate_MK is None else [row_MD, gate_MK]
-        self.going.append([self._move(t, part, home=True) for t in given])
+        self.going[piece] = [self._move(t, part, home=True) for t in given]
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
         first = self.going[0]
         sums = [m.rows.new_zeros(self.trip.tokens, m.rows.shape[1]) for m in first]
-        for part, moving in zip(self.trip.parts, self.going):
-            for total, rows in zip(sums, moving):
+        for piece, part in enumerate(self.trip.parts):
+            for total, rows in zip(sums, self.going[piece]):
                 total.index_add_(0, self.token[id(part)], rows.wait())
         return sums[0], sums[1] if len(sums) > 1 else None
 

@@ -5,12 +5,12 @@ device), and the sums over this rank's experts are copied home the same way. Mea
 are in docs/dispatch.md.
 
 One leg, with its number n. Buffers serve all layers and passes in turn; every leg of a model uses them alike.
-    here   write rows into OUT; post "out of r = n" to every peer
-    beside for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
-    here   the experts' pieces, own rows first; a piece of peers' rows when its copies have arrived:
+    beside write rows into OUT; post "out of r = n" to every peer;
+           for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
+    here   the experts' first half of the own rows; then a part of the peers' rows when its copies have arrived:
            write the sums into HOME of their owners, post "home from r, part p = n" to them
     beside when the last of them is posted: wait for "home from s, part p >= n" of each peer, copy it here
-    here   the rest of the own rows meanwhile; add up
+    here   the second half of the own rows meanwhile, backward all weight gradients too; add up
 OUT is free for leg n + 1: every peer posted its last "home" of leg n after copying it, and this rank has waited for
 those. HOME of s is free when a piece of leg n + 1 with rows of s is done: s posted "out" after it had added up leg n.
 """
@@ -18,6 +18,7 @@ those. HOME of s is free when a piece of leg n + 1 with rows of s is done: s pos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +88,7 @@ def segments(rank: int, ranks: int, tokens: int, parts: int) -> list[Segment]:
 class CopyEngineDispatch:
     """n_experts: routed experts over all ranks of `memory`; expert e is on rank e // (E / ranks).
 
-    chunks: calls of the experts per layer. 2: own rows, then all peers'; n >= 3: half of the own rows, the peers' in
-    n - 2 parts, the other half of the own while the last sums go home.
+    chunks: calls of the experts per layer: one for the own rows, the others for equal parts of the peers'.
     """
 
     CHUNKS = (2, 3, 4)  # what a measurement chooses from
@@ -144,12 +144,8 @@ class _Trip:
 
     def __init__(self, dispatch: CopyEngineDispatch, tokens: int, chunks: int, most: int) -> None:
         self.dispatch, self.tokens, self.most = dispatch, tokens, most
-        self.pieces = max(chunks, 2)
-        self.parts = max(self.pieces - 2, 1)  # of the peers' rows
-        half = tokens if self.pieces == 2 else tokens // 2
-        self.own = (
-            {0: slice(0, half)} if self.pieces == 2 else {0: slice(0, half), self.pieces - 1: slice(half, tokens)}
-        )
+        self.pieces, self.first_stays = max(chunks, 2), True
+        self.parts = self.pieces - 1  # of the peers' rows
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
         return _Leg(self, row_TD, label_TL)
@@ -160,8 +156,8 @@ class _Leg:
         self.trip, self.dispatch, self.memory = trip, trip.dispatch, trip.dispatch.memory
         self.dispatch.leg += 1
         self.number = self.dispatch.leg
-        self.row_TD, self.label_TL = row_TD, label_TL
-        self.own_given: list[tuple[Tensor, Tensor | None]] = []
+        self.row_TD, self.label_TL = row_TD.contiguous(), None if label_TL is None else label_TL.contiguous()
+        self.own: tuple[Tensor, Tensor | None] | None = None
         shape, ranks = self.dispatch.shape, self.memory.size
         most = trip.most
         self.row_MD = row_TD.new_empty((ranks - 1) * most, shape.d_model)
@@ -169,6 +165,8 @@ class _Leg:
         self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
         self.home_RTK: Tensor | None = None
         self.mine = self.dispatch.segments(self.memory.rank, trip.parts, most)
+        # From here the rows are there, and the landing places are free: their former users are done.
+        self.memory.after(self.memory.mark(), beside=True)
         self._stage()
         self.arrived = self._fetch()
         self.returned: Any = None
@@ -179,35 +177,31 @@ class _Leg:
         for name, source, empty in (("out_rows", self.row_TD, 0), ("out_labels", self.label_TL, -1)):
             if source is not None:
                 target = self.dispatch.buffer(rank, name)[: self.trip.most]
-                target[:tokens].copy_(source)
+                self.memory.copy(target[:tokens], source)
                 if tokens < len(target):
-                    target[tokens:].fill_(empty)
+                    self.memory.fill(target[tokens:], empty)
         for peer in self.dispatch.peers:
-            self.memory.post(peer, self.dispatch.out_flag(rank), self.number)
+            self.memory.post(peer, self.dispatch.out_flag(rank), self.number, beside=True)
 
     def _fetch(self) -> list[Any]:
         """Peers' rows, part by part."""
-        here, arrived = self.memory.mark(), []
-        with self.memory.beside():
-            self.memory.after(here)  # the landing places are free, their former users done
-            position = 0
-            for part in range(self.trip.parts):
-                for seg in (seg for seg in self.mine if seg.part == part):
-                    self.memory.wait(self.dispatch.out_flag(seg.source), self.number)
-                    landing = slice(position, position + seg.stop - seg.start)
-                    if self.label_ML is not None:
-                        labels = self.dispatch.buffer(seg.source, "out_labels")
-                        self.label_ML[landing].copy_(labels[seg.start : seg.stop], non_blocking=True)
-                    rows = self.dispatch.buffer(seg.source, "out_rows")
-                    self.row_MD[landing].copy_(rows[seg.start : seg.stop], non_blocking=True)
-                    position = landing.stop
-                arrived.append(self.memory.mark())
+        arrived, position = [], 0
+        for part in range(self.trip.parts):
+            for seg in (seg for seg in self.mine if seg.part == part):
+                self.memory.wait(self.dispatch.out_flag(seg.source), self.number)
+                landing = slice(position, position + seg.stop - seg.start)
+                if self.label_ML is not None:
+                    labels = self.dispatch.buffer(seg.source, "out_labels")
+                    self.memory.copy(self.label_ML[landing], labels[seg.start : seg.stop])
+                rows = self.dispatch.buffer(seg.source, "out_rows")
+                self.memory.copy(self.row_MD[landing], rows[seg.start : seg.stop])
+                position = landing.stop
+            arrived.append(self.memory.mark(beside=True))
         return arrived
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
-        own = self.trip.own.get(piece)
-        if own is not None:
-            return self.row_TD[own], None if self.label_TL is None else self.label_TL[own]
+        if piece == 0:
+            return self.row_TD, self.label_TL
         self.memory.after(self.arrived[piece - 1])
         rows = self._rows(piece - 1)
         return self.row_MD[rows], None if self.label_ML is None else self.label_ML[rows]
@@ -216,15 +210,24 @@ class _Leg:
         total = self.row_MD.shape[0]
         return slice(total * part // self.trip.parts, total * (part + 1) // self.trip.parts)
 
+    def room(self, piece: int) -> Tensor | None:
+        """Where a part that is one stretch of one peer's rows goes home from."""
+        of_part = [seg for seg in self.mine if seg.part == piece - 1]
+        return self._home(of_part[0]) if len(of_part) == 1 else None
+
+    def _home(self, seg: Segment) -> Tensor:
+        return self.dispatch.buffer(self.memory.rank, "home_rows")[seg.source, seg.start : seg.stop]
+
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
-        if piece in self.trip.own:
-            self.own_given.append((row_MD, gate_MK))
+        if piece == 0:
+            self.own = row_MD, gate_MK
             return
         rank, position = self.memory.rank, 0
         for seg in (seg for seg in self.mine if seg.part == piece - 1):
             given = slice(position, position + seg.stop - seg.start)
-            home = self.dispatch.buffer(rank, "home_rows")[seg.source, seg.start : seg.stop]
-            home.copy_(row_MD[given])
+            home = self._home(seg)
+            if home.data_ptr() != row_MD.data_ptr():
+                home.copy_(row_MD[given])
             if gate_MK is not None:
                 self.dispatch.buffer(rank, "home_gates")[seg.source, seg.start : seg.stop].copy_(gate_MK[given])
             self.memory.post(seg.source, self.dispatch.home_flag(rank, seg.part), self.number)
@@ -237,37 +240,30 @@ class _Leg:
         if gate_MK is not None:
             shape = (len(self.dispatch.peers), self.trip.most, gate_MK.shape[1])
             self.home_RTK = gate_MK.new_empty(shape)
-        here, rank = self.memory.mark(), self.memory.rank
-        with self.memory.beside():
-            self.memory.after(here)
-            for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
-                for seg in self.dispatch.segments(peer, self.trip.parts, self.trip.most):
-                    if seg.source != rank:
-                        continue
-                    self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
-                    place = slice(seg.start, seg.stop)
-                    rows = self.dispatch.buffer(peer, "home_rows")[rank, place]
-                    self.home_RTD[index, place].copy_(rows, non_blocking=True)
-                    if self.home_RTK is not None:
-                        gates = self.dispatch.buffer(peer, "home_gates")[rank, place]
-                        self.home_RTK[index, place].copy_(gates, non_blocking=True)
-            return self.memory.mark()
+        rank = self.memory.rank
+        self.memory.after(self.memory.mark(), beside=True)
+        for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
+            for seg in self.dispatch.segments(peer, self.trip.parts, self.trip.most):
+                if seg.source != rank:
+                    continue
+                self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
+                place = slice(seg.start, seg.stop)
+                self.memory.copy(self.home_RTD[index, place], self.dispatch.buffer(peer, "home_rows")[rank, place])
+                if self.home_RTK is not None:
+                    gates = self.dispatch.buffer(peer, "home_gates")[rank, place]
+                    self.memory.copy(self.home_RTK[index, place], gates)
+        return self.memory.mark(beside=True)
+
+    def rest(self) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        def came_home() -> tuple[Tensor, Tensor | None]:
+            self.memory.after(self.returned)
+            return self.home_RTD, self.home_RTK
+
+        return came_home
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
-        self.memory.after(self.returned)
-        rows = self._sum([row for row, _ in self.own_given], self.home_RTD)
-        if self.home_RTK is None:
-            return rows, None
-        return rows, self._sum([gate for _, gate in self.own_given if gate is not None], self.home_RTK)
-
-    def _sum(self, own: list[Tensor], home_RTD: Tensor) -> Tensor:
-        """Own parts, one behind the other, plus what came home from each peer."""
-        total = own[0].new_empty(self.trip.tokens, own[0].shape[1])
-        for part, place in zip(own, self.trip.own.values()):
-            torch.add(part, home_RTD[0, place], out=total[place])
-        for home in home_RTD[1:].unbind():
-            total += home[: self.trip.tokens]
-        return total
+        assert self.own is not None
+        return self.own
 
 
 def build(

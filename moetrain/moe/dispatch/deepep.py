@@ -38,7 +38,7 @@ class DeepEPDispatch:
 
 
 class _Trip:
-    pieces = 1
+    pieces, first_stays = 1, False
 
     def __init__(self, dispatch: DeepEPDispatch) -> None:
         self.dispatch, self.handle = dispatch, None  # DeepEP's own, from the first leg on
@@ -66,6 +66,12 @@ class _Leg:
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
         return self.row_MD, self.label_ML
+
+    def room(self, piece: int) -> None:
+        return None
+
+    def rest(self) -> None:
+        return None
 
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         gates = None if gate_MK is None else gate_MK.float().contiguous()

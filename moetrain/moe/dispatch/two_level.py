@@ -72,7 +72,7 @@ class TwoLevelDispatch:
                 return self.inside(x_TD, landed, experts, (w_gate_up_E2FD, w_down_EDF))
 
             first = self.node * self.node_experts
-            return exchange(x_TD, routing, trip, in_node, weights, first, self.node_experts)
+            return exchange(x_TD, routing, trip, in_node, weights, first)
 
         return run(self.chunks.of(run, x_TD, routing, weights), x_TD, routing, weights)
 

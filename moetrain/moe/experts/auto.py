@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.experts import measure, reference
-from moetrain.moe.experts.base import ExpertBackend, Workload
+from moetrain.moe.experts.base import ExpertBackend, Pieces, Wanted, Workload
+from moetrain.moe.experts.pieces import divide
 from moetrain.moe.experts.remember import digest_of, recall, remember
 
 CANDIDATES = ("triton", "grouped_mm", "reference")  # also the order in which an untimed choice prefers them
@@ -33,6 +34,10 @@ class AutoExperts:
         self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
     ) -> Tensor:
         return self.candidates[self.name](x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF)
+
+    def divide(self, weights: tuple[Tensor, Tensor], wanted: Wanted | None) -> Pieces:
+        """As the chosen one does."""
+        return divide(self.candidates[self.name], weights, wanted)
 
     def use(self, name: str) -> None:
         """Compute with this candidate from now on."""

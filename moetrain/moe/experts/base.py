@@ -6,6 +6,7 @@ w_down_EDF [E, D, F]. expert_e(x) = w_down_e (silu(w_gate_e x) * (w_up_e x)).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,15 +15,53 @@ from torch import Tensor
 
 
 class ExpertBackend(Protocol):
-    """y_t = sum_k gate_tk * expert_{expert_tk}(x_t); a slot with expert -1 contributes nothing.
+    """y_t = sum_k gate_tk * expert_{expert_tk}(x_t); a slot whose expert is outside [0, E) contributes nothing.
 
-    x_TD, expert_TK int64 in [-1, E), gate_TK -> y_TD in x's dtype. Differentiable in x, gates, and both weights; every
+    x_TD, expert_TK int64, gate_TK -> y_TD in x's dtype. Differentiable in x, gates, and both weights; every
     weight gets a gradient (zeros if unused), also when T is 0, because sharded gradients are reduced collectively.
     """
 
     def __call__(
         self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
     ) -> Tensor: ...
+
+
+Wanted = tuple[bool, bool, bool, bool]  # whether x, gates, w_gate_up, w_down want a gradient
+
+More = Callable[[], tuple[Tensor, Tensor | None]]  # sums made elsewhere: [P, at least M, D] and [P, as many, K]
+
+
+class Pieces(Protocol):
+    """What an ExpertBackend computes, of rows that come in pieces, outside autograd.
+
+    A piece's work has two halves, so that what travels can travel beside either; the second comes any time after the
+    first. Pieces are numbered as they are started, all forward before the first backward. Each is asked for once.
+    """
+
+    def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int) -> None:
+        """The first half of the next piece. Experts are whole numbers of any dtype, counted from `base`."""
+
+    def finish(self, piece: int, out_MD: Tensor | None = None, more: More | None = None) -> Tensor:
+        """y_MD, best in `out_MD` if that is given, but it may be another tensor; plus what `more` returns, if given."""
+
+    def start_gradients(self, piece: int, dy_MD: Tensor) -> None:
+        """The first half of a piece's backward pass."""
+
+    def finish_gradients(
+        self, piece: int, out_MD: Tensor | None = None, more: More | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx_MD and dgate_MK; None where none is wanted. Arguments as in `finish`."""
+
+    def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of all pieces, when all have been through the first half: work beside which the last rows travel."""
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A backend that does more for pieces than one call each (others: pieces.py)."""
+
+    def divide(self, weights: tuple[Tensor, Tensor], wanted: Wanted | None) -> Pieces:
+        """The work of one exchange. wanted: None if no backward pass will follow."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class GroupedMMExperts:
         self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
     ) -> Tensor:
         n_experts, slots = w_down_EDF.shape[0], expert_TK.shape[1]
+        expert_TK = expert_TK.masked_fill(expert_TK >= n_experts, -1)
         order_N, place_N, offset_E = sort_by_expert(expert_TK, n_experts)
         unused_N1 = (expert_TK.flatten()[order_N] < 0)[:, None]
         x_ND = gather_rows(x_TD, order_N, place_N, slots).masked_fill(unused_N1, 0.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import moetrain_kernels
 from torch import Tensor
 
+from moetrain.moe.experts.base import Wanted
+
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -15,6 +17,10 @@ class TritonExperts:
         self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
     ) -> Tensor:
         return moetrain_kernels.moe_experts(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF)
+
+    def divide(self, weights: tuple[Tensor, Tensor], wanted: Wanted | None) -> moetrain_kernels.ExpertPieces:
+        """Weight gradients of all pieces in one kernel each; first halves end at the activations."""
+        return moetrain_kernels.ExpertPieces(*(w.detach() for w in weights), wanted)
 
 
 def build(precision: str, device_type: str, d_model: int, d_expert: int) -> TritonExperts:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from moetrain.moe.router.common import choose, make_routing, router_logits
+from moetrain.moe.router.common import make_routing, router_logits
+from moetrain.moe.router.fused import fused_routing, usable
 from moetrain.moe.types import Routing, TokenContext
 
 DISTRIBUTIONS = ("balanced", "zipf")
@@ -32,28 +35,33 @@ class ForcedRouter(nn.Module):
         self, x_TD: Tensor, context: TokenContext, bias_E: Tensor | None = None, carry: Tensor | None = None
     ) -> Routing:
         logit_TE = router_logits(x_TD, self.weight)
+        expert_TK = forced_choice(context, logit_TE, self.top_k, self.distribution, self.exponent)
+        if context.chosen_TK is not None:
+            expert_TK = torch.where(context.chosen_TK >= 0, context.chosen_TK, expert_TK)
+        if usable("auto", logit_TE):  # as a router that is not forced
+            forced = replace(context, chosen_TK=expert_TK)
+            routing = fused_routing(logit_TE, self.top_k, forced, None, score="softmax", renormalize=True)
+            return replace(routing, context=context)
         prob_TE = logit_TE.softmax(dim=-1)
-        selection_TE = forced_scores(context, logit_TE, self.top_k, self.distribution, self.exponent)
-        expert_TK = choose(selection_TE, self.top_k, context)
         gate_TK = prob_TE.gather(-1, expert_TK)
         return make_routing(
             expert_TK=expert_TK,
             gate_TK=gate_TK / gate_TK.sum(dim=-1, keepdim=True),
-            selection_TE=selection_TE,
+            selection_TE=prob_TE,
             balance_TE=prob_TE,
             logit_TE=logit_TE,
             context=context,
         )
 
 
-def forced_scores(context: TokenContext, like_TE: Tensor, k: int, distribution: str, exponent: float) -> Tensor:
-    """Scores [T, E] whose k largest are the forced choice."""
+def forced_choice(context: TokenContext, like_TE: Tensor, k: int, distribution: str, exponent: float) -> Tensor:
+    """The forced experts [T, k] of tokens whose scores would look like `like_TE`."""
     tokens, n_experts = like_TE.shape
-    expert_E = torch.arange(n_experts, device=like_TE.device)
     if distribution == "balanced":
-        first_T1 = torch.arange(tokens, device=like_TE.device)[:, None] * k
-        return -((expert_E - first_T1) % n_experts).to(like_TE.dtype)  # the first of a run of k experts scores best
+        return torch.arange(tokens * k, device=like_TE.device).view(tokens, k) % n_experts
+    expert_E = torch.arange(n_experts, device=like_TE.device)
     seed_T1 = (context.token_BS.flatten() * 7919 + context.position_BS.flatten() * 104729)[:, None]
     mixed_TE = (seed_T1 + expert_E * 1299709) % 2147483647 * 2654435761 % 2147483647
     noise_TE = (mixed_TE.to(like_TE.dtype) + 0.5) / 2147483648  # in (0, 1)
-    return -exponent * (expert_E + 1).log() - (-noise_TE.log()).log()
+    score_TE = -exponent * (expert_E + 1).log() - (-noise_TE.log()).log()
+    return score_TE.topk(k).indices

@@ -12,7 +12,7 @@ STEPS, BAR = 1, 1e-5
 TINY = ["model.n_layers=2", "train.seq_len=8", "train.global_batch=4", "train.precision=fp32", "train.micro_batch=1"]
 LAYOUTS = {
     "ep2 etp2": (4, ["parallel.ep=2", "parallel.etp=2"]),
-    "dp2 recomputed": (2, ["parallel.recompute=full", "router.kernels=triton"]),
+    "ep2 recomputed": (2, ["parallel.ep=2", "dispatch.chunks=2", "parallel.recompute=full", "router.kernels=triton"]),
 }
 
 

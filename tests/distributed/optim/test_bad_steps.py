@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moetrain.checkpoint import manifest
+from moetrain.checkpoint.store import CheckpointStore
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.testing import RankFailure, run_ranks
@@ -34,8 +35,11 @@ TINY = [
 ]
 
 
-def run(overrides, poisoned=(), times=1, weights_at=None):
-    """Two ranks; rank 1's loss is NaN in the steps `poisoned`, the first `times` times that each is tried."""
+def run(overrides, poisoned=(), times=1, weights_at=None, before=lambda: None):
+    """Two ranks; rank 1's loss is NaN in the steps `poisoned`, the first `times` times that each is tried.
+
+    before: what happens then, on rank 0.
+    """
 
     def rank():
         config = load_config([*TINY, *overrides])
@@ -51,6 +55,8 @@ def run(overrides, poisoned=(), times=1, weights_at=None):
                     work = list(work)
                     criterion = work[0].criterion
                     object.__setattr__(work[0], "criterion", lambda *a, **k: criterion(*a, **k) * float("nan"))
+            if now in poisoned and trainer.rank0:
+                before()
             total = plain(work)
             if now == weights_at:
                 trainer.model.get_parameter("norm.weight").data.fill_(float("nan"))
@@ -128,6 +134,22 @@ def test_roll_back_goes_on_from_the_checkpoint_with_the_data_behind_the_bad_batc
         assert ids(tmp_path, step) == ids(clean, from_step)
     assert state(tmp_path, 8)["bad_steps"] == 1
     assert state(tmp_path, 8)["data"]["samples"] == 4 * 10  # two steps' samples were given up
+
+
+def test_roll_back_passes_over_a_checkpoint_that_is_damaged(tmp_path):
+    def flip():
+        damaged = next((tmp_path / "checkpoints" / "step_00000004" / "model").glob("__0_*"))
+        data = bytearray(damaged.read_bytes())
+        data[-1] ^= 1  # the size stays
+        damaged.write_bytes(data)
+
+    overrides = [f"run.dir={tmp_path}", "checkpoint.every=2", "train.on_bad_step=rollback"]
+    notes = run(overrides, poisoned=[5], before=flip)
+    assert [note for note in notes[0] if "step_00000004 is damaged and not used" in note and "__0_" in note]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 2, 3, 4, 5, 6, 7, 8]
+    newest = CheckpointStore(tmp_path).latest(deep=True)
+    assert newest is not None
+    assert newest.name == "step_00000008"
 
 
 def test_bad_steps_are_bounded_and_an_exploded_loss_is_one(tmp_path):

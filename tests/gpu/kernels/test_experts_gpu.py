@@ -15,6 +15,7 @@ SHAPES = [
     (600, 192, 136, 5, 3),
     (1000, 320, 72, 40, 2),
     (2048, 1024, 512, 16, 4),
+    (6000, 320, 264, 8, 2),
     (4096, 2048, 768, 96, 1),
 ]
 LIMIT = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
@@ -100,6 +101,18 @@ def test_repeats_bit_for_bit():
     first = run(moe_experts, leaves, expert, dy)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(moe_experts, leaves, expert, dy)))
+
+
+def test_every_backward_pass_of_one_forward_gets_all_tiles():
+    """Tiles come from counters that the forward pass sets once: every launch must leave them as it found them."""
+    leaves, expert, dy = make((6000, 1024, 512, 16, 4), torch.bfloat16, "holes")
+    x, gate, w_up, w_down = (leaf.requires_grad_() for leaf in leaves)
+    y = moe_experts(x, expert, gate, w_up, w_down)
+    first = torch.autograd.grad(y, (x, gate, w_up, w_down), dy, retain_graph=True)
+    for _ in range(3):
+        poison()
+        again = torch.autograd.grad(y, (x, gate, w_up, w_down), dy, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
 def test_no_host_synchronisation():

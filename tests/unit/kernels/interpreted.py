@@ -9,7 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moetrain_kernels import combine, configs, gemm, launch, moe_experts, plan, reference, swiglu_grad, up, weight_grad
+from moetrain_kernels import (
+    combine,
+    configs,
+    gemm,
+    launch,
+    moe_experts,
+    plan,
+    reference,
+    spans,
+    swiglu_grad,
+    up,
+    weight_grad,
+)
 
 pytestmark = [
     pytest.mark.unit,
@@ -52,19 +64,19 @@ def test_sort_rows(data):
     expert = torch.tensor(ids).view(num_t, top_k)
     got, want = plans(expert, num_e)
     rows = want.slot_R.numel()
-    assert got.sizes_2[1] == rows
+    assert got.sizes_6[1] == rows
     assert torch.equal(got.slot_R[:rows].long(), want.slot_R)
     assert torch.equal(got.row_TK.long(), want.row_TK)
     by_count = sorted(want.spans(), key=lambda span: (span[1] - span[2], span[0]))
     assert [tuple(span) for span in got.spans_E3.tolist()] == by_count
     tiles = [(e, row, end) for e, start, end in want.spans() for row in range(start, end, got.block_m)]
-    assert [tuple(tile) for tile in got.tiles_M3[: int(got.sizes_2[0])].tolist()] == tiles
+    assert [tuple(tile) for tile in got.tiles_M3[: int(got.sizes_6[0])].tolist()] == tiles
 
 
 def test_rows_past_the_bound_are_dropped_in_bounds():
     expert = torch.randint(0, 3, (20, 2))
     got = plan.sort_rows(expert, 3, 16, max_rows=13)
-    assert got.sizes_2[1] == 13
+    assert got.sizes_6[1] == 13
     assert int((got.row_TK >= 0).sum()) == 13
     assert got.spans_E3[:, 1:].max() <= 13
 
@@ -106,10 +118,12 @@ def test_backward_kernels(shape, tma, split):
     close(part.sum(1), want_dgate, n)
     assert not dh[n:].any()
     assert not gated_a[n:].any()
-    dw_down = weight_grad.weight_grad(dy, gated_a, p, torch.empty_like(w_down), False, bound("dw_down", tma))
+    dw_down = weight_grad.weight_grad(
+        dy, gated_a, spans.one_piece(p), torch.empty_like(w_down), False, bound("dw_down", tma)
+    )
     close(dw_down, reference.weight_grad(dy[token_R], want_a, rows))
     dw_up = torch.empty(num_e, 2 * num_f, num_d)
-    weight_grad.weight_grad(x, dh, p, dw_up, True, replace(bound("dw_up", tma), split=split))
+    weight_grad.weight_grad(x, dh, spans.one_piece(p), dw_up, True, replace(bound("dw_up", tma), split=split))
     close(dw_up, reference.weight_grad(want_dh, x[token_R], rows))
     dx = gemm.grouped_gemm(dh, p, w_up.flatten(1, 2), bound("dx", tma), transposed=True)
     close(dx, reference.grouped_gemm(want_dh, rows, w_up.flatten(1, 2).transpose(1, 2)), n)

@@ -19,7 +19,16 @@ def run(*arguments: str, interpret: bool) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_router.py", "interpreted_dtypes.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "interpreted.py",
+        "interpreted_pieces.py",
+        "interpreted_router.py",
+        "interpreted_dtypes.py",
+        "interpreted_model.py",
+    ],
+)
 def test_kernels_under_the_interpreter(name):
     cases = Path(__file__).with_name(name)
     result = run("pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases), interpret=True)

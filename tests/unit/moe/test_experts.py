@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moetrain.moe.experts.grouped_mm import GroupedMMExperts
+from moetrain.moe.experts.module import Experts
 from moetrain.moe.experts.reference import ReferenceExperts
 
 pytestmark = pytest.mark.unit
@@ -102,3 +103,21 @@ def test_the_uninitialised_tail_of_grouped_mm_never_leaks(monkeypatch):
 def test_reference_gradients_by_finite_differences():
     x, expert, gate, w1, w2 = make(tokens=3)
     assert torch.autograd.gradcheck(lambda a, b, c, d: ReferenceExperts()(a, expert, b, c, d), (x, gate, w1, w2))
+
+
+def test_weights_are_cast_once_and_their_gradients_back():
+    """Where no FSDP does it (parallel/fsdp.py): the same numbers as a cast by hand, gradients in the master's dtype."""
+    x, expert, gate, w1, w2 = make(dtype=torch.float32)
+    experts = Experts(E, D, H, ReferenceExperts())
+    with torch.no_grad():
+        experts.w_gate_up.copy_(w1)
+        experts.w_down.copy_(w2)
+    experts.compute_dtype = torch.bfloat16
+    experts.dispatcher = lambda x_TD, routing, backend, weights: backend(x_TD, *routing, *weights)
+    y = experts(x.bfloat16(), (expert, gate))
+    by_hand = ReferenceExperts()(x.bfloat16(), expert, gate, w1.bfloat16(), w2.bfloat16())
+    assert torch.equal(y, by_hand)
+    grads = torch.autograd.grad(y.float().square().sum(), list(experts.parameters()))
+    for mine, wanted in zip(grads, torch.autograd.grad(by_hand.float().square().sum(), [w1, w2])):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, wanted)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from moetrain.moe.router import common
 from moetrain.moe.router.common import count_experts, top_k
 from moetrain.moe.router.sigmoid import SigmoidTopK, limit_groups
 from moetrain.moe.router.softmax import SoftmaxTopK
@@ -120,3 +121,20 @@ def test_routing_is_at_least_fp32_under_bf16():
 def test_impossible_options_are_refused(cls, options, words):
     with pytest.raises(ValueError, match=words):
         build(cls, **options)
+
+
+def test_logits_of_bf16_operands_are_those_of_fp32():
+    """What a GPU computes on tensor cores: exact products forward, gradients within 2^-16 of fp32's backward."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(24, 40, generator=g).bfloat16(), torch.randn(6, 40, generator=g).bfloat16()
+    upstream = torch.randn(24, 6, generator=g)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logit = common.HalfLogits.apply(*leaves)
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    wanted = exact[0] @ exact[1].T
+    torch.testing.assert_close(logit.double(), wanted, rtol=0, atol=40 * 2**-24 * float(wanted.abs().max()))
+    grads = torch.autograd.grad(logit, leaves, upstream)
+    for mine, theirs in zip(grads, torch.autograd.grad(wanted, exact, upstream.double())):
+        assert mine.dtype == torch.bfloat16
+        # One rounding to bf16; an upstream gradient rounded to bf16 first would be off by as much in every term.
+        torch.testing.assert_close(mine.double(), theirs, rtol=2**-8 + 2**-12, atol=1e-4)

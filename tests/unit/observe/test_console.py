@@ -69,6 +69,8 @@ def test_plain_lines_for_a_file():
 
 def test_one_row_on_one_line():
     assert format_row(ROW) == ("loss 2.3457  grad 0.5  lr 0.0003  12,346 tok/s  mem 0.8 GB  load 3.00x in layer 3")
+    loads = {"moe/1/load_max_over_mean": 2.0, "rank_load_max_over_mean": 1.5}
+    assert format_row(loads) == "load 2.00x in layer 1  ranks 1.50x"
     assert format_row({"step": 3, "loss": None}) == ""  # a loss that was not finite
 
 

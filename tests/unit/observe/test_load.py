@@ -44,6 +44,18 @@ def test_a_layer_without_tokens_is_finite():
     }
 
 
+def test_hand_counted_ranks():
+    # 16 choices of 4 experts on 2 ranks; in the second layer expert 0 has changed places with expert 3.
+    count_LE = torch.tensor([[7, 5, 4, 0], [7, 5, 4, 0]])
+    rank_LE = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0]])
+    metrics = load_metrics([1, 3], count_LE, torch.zeros(2), torch.zeros(2), 8, rank_LE)
+    assert metrics["moe/1/rank_load_max_over_mean"] == 12 / 8
+    assert metrics["moe/3/rank_load_max_over_mean"] == 11 / 8
+    assert metrics["rank_load_max_over_mean"] == 12 / 8
+    silent = load_metrics([1, 3], 0 * count_LE, torch.zeros(2), torch.zeros(2), 8, rank_LE)
+    assert silent["rank_load_max_over_mean"] == 0.0
+
+
 def test_a_dense_model_has_no_load():
     none = torch.zeros(0)
     assert load_metrics([], torch.zeros(0, 8), none, none, 10) == {}

@@ -26,7 +26,12 @@ def test_a_complete_run(tmp_path):
     rows = [{"step": 0, "val_loss": 5.5}]
     for step in range(1, 41):
         load = {"moe/0/load_max_over_mean": 1.5, "moe/2/load_max_over_mean": 9.0 if step < 30 else 2.0}
-        load |= {"moe/2/load_cv": 0.25, "moe/2/dead_experts": 1, "moe/2/dropped_share": 0.05}
+        load |= {
+            "moe/2/load_cv": 0.25,
+            "moe/2/dead_experts": 1,
+            "moe/2/dropped_share": 0.05,
+            "rank_load_max_over_mean": 1.25,
+        }
         rows.append({"step": step, "loss": abs(30 - step) + 1.0, "tokens_per_s": 100.0 * step, "mfu": None, **load})
     rows.insert(21, {"event": "resume", "step": 20})
     rows[-1]["val_loss"] = 2.25
@@ -45,7 +50,7 @@ def test_a_complete_run(tmp_path):
     assert lines["tokens/s"] == "2,050 (median)"
     assert "mfu" not in lines
     assert lines["worst load"] == (
-        "layer 2: max/mean 2.00, cv 0.25, dead experts 1, dropped 5.00% (median of the last 4 steps)"
+        "layer 2: max/mean 2.00, cv 0.25, dead experts 1, dropped 5.00%, fullest rank 1.25 (median of the last 4 steps)"
     )
     assert lines["resumes"] == "1, at step 20"
     assert lines["checkpoints"] == "2, newest step_00000040"

@@ -114,3 +114,27 @@ def test_yaml_builds(name, schedule, request):
     optimizer = instantiate(node, _Model().named_parameters())
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert all(group["lr"] == group["initial_lr"] == node["lr"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("divisor", [None, 4.0])
+def test_the_fused_update_equals_a_plain_one_on_divided_gradients(divisor):
+    """FusedAdamW runs on CPUs as well, where nothing builds one: its order of arguments is what could be wrong."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
+    copies = [nn.Parameter(p.detach().clone()) for p in parameters]
+    options = {"lr": 0.1, "betas": (0.8, 0.97), "eps": 1e-5}
+    fused = adamw.FusedAdamW([{"params": parameters, "weight_decay": 0.2}], fused=True, **options)
+    plain = torch.optim.AdamW([{"params": copies, "weight_decay": 0.2}], foreach=False, **options)
+    adamw._create_state(fused, on_cuda=True)
+    assert fused.divides
+    for _ in range(3):
+        for p, q in zip(parameters, copies):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad * (divisor or 1.0)
+        fused.grad_divisor = None if divisor is None else torch.tensor(divisor)
+        fused.step()
+        plain.step()
+        assert fused.grad_divisor is None  # of one step only
+    for p, q in zip(parameters, copies):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    assert not adamw.FusedAdamW([torch.zeros(2, dtype=torch.float64)], fused=True).divides

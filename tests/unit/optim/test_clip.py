@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from moetrain.optim.clip import check_finite, clip_, grad_norm
+from moetrain.optim.clip import check_finite, clip_, clip_for, grad_norm
 
 pytestmark = pytest.mark.unit
 
@@ -62,3 +62,19 @@ def test_not_finite_names_step_and_samples():
         check_finite(torch.tensor(float("nan")), 7, [4, 9])
     with pytest.raises(RuntimeError, match=r"step 7 is inf"):
         check_finite(torch.tensor(float("inf")), 7)
+
+
+def test_an_optimizer_that_divides_clips_itself():
+    class Divides:
+        divides, grad_divisor = True, None
+
+    optimizer = Divides()
+    parameter = torch.nn.Parameter(torch.ones(4))
+    for size, divisor in ((2.0, 2.0), (0.25, 1.0)):  # norm 4, then norm 0.5, against 2
+        parameter.grad = torch.full((4,), size)
+        clip_for(optimizer, [parameter], 2.0, grad_norm([parameter]))
+        assert float(optimizer.grad_divisor) == divisor
+        assert torch.equal(parameter.grad, torch.full((4,), size))
+    parameter.grad = torch.full((4,), 2.0)
+    clip_for(torch.optim.SGD([parameter], lr=1.0), [parameter], 2.0, grad_norm([parameter]))
+    torch.testing.assert_close(parameter.grad, torch.ones(4))

@@ -1,0 +1,22 @@
+"""Whether the kernels of moetrain_kernels compute on a tensor: on a GPU that can run them, in anything but fp64."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def fused(x: Tensor) -> bool:
+    """fp64 is for proofs, and elsewhere the plain operators are what there is."""
+    return x.is_cuda and x.dtype != torch.float64 and _available()
+
+
+@functools.cache
+def _available() -> bool:
+    try:
+        import moetrain_kernels  # here: not every machine has Triton, and none without a GPU needs it
+    except ImportError:
+        return False
+    return moetrain_kernels.available()[0]
