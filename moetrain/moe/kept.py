@@ -16,11 +16,11 @@ class Kept:
     taken at other experts than its loss; counts and balance losses taken again would count twice.
 
     expert_TK: the chosen experts. keep_TK: those that capacity did not drop.
-    rows: (rows sent, rows received) per rank of an exchange, which need no second one.
+    rows: row counts that an exchange learnt from other ranks, which needs no second one: the dispatcher's own.
     work: None before the exchange's first pass, then what its recomputed pass leaves for the backward pass.
     """
 
     expert_TK: Tensor | None = None
     keep_TK: Tensor | None = None
-    rows: tuple[list[int], list[int]] | None = None
+    rows: Any = None
     work: list[Any] | None = None

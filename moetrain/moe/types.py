@@ -73,6 +73,7 @@ class Routing:
     top_k: how many experts a token chose; rounding may give it more slots or fewer experts (router/rounding.py).
     kept: where a dispatcher may leave what a recomputed pass need not work out again; None without recomputation.
     bounded: a capacity keeps what goes from rank to rank below ExchangeShape.rows.
+    most: tokens of which no rank of the dispatcher's group has more; None if it knows of no number but its shape's.
     """
 
     expert_TK: Tensor
@@ -86,3 +87,4 @@ class Routing:
     top_k: int = 0
     kept: Kept | None = None
     bounded: bool = False
+    most: int | None = None

@@ -214,6 +214,7 @@ _BACKENDS: tuple[tuple[str, Callable[[], list[str]]], ...] = (
     ("dispatch=collective", lambda: _module("moetrain.moe.dispatch.collective") + _collective()),
     ("dispatch=allgather", lambda: _module("moetrain.moe.dispatch.allgather") + _collective()),
     ("dispatch=copy_engine", _copy_engine),
+    ("dispatch=two_level", lambda: _module("moetrain.moe.dispatch.two_level") + _collective()),
     (
         "dispatch=deepep",
         lambda: _module("moetrain.moe.dispatch.deepep") + _package("deep_ep", "built from DeepEP's source") + _cuda(2),

@@ -89,6 +89,8 @@ CASES = [
     _case(4, ep=4),
     Case(4, {"ep": 4}, ("dispatch=allgather", "dispatch.chunks=2")),
     Case(4, {"ep": 2}, ("dispatch=collective", "dispatch.chunks=4", "parallel.recompute=full")),
+    Case(4, {"ep": 4}, ("dispatch=two_level", "dispatch.node_size=2", "dispatch.chunks=3", "parallel.recompute=full")),
+    Case(8, {"pp": 2, "ep": 4}, ("dispatch=auto", "dispatch.node_size=2", "parallel.schedule=zbv")),
     _case(4, dp_replicate=2, ep=2, quick=True),
     _case(4, dp_replicate=4, ep=4),
     _case(4, tp=2, ep=2, etp=2),

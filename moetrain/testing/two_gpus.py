@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.comm.nodes import find_nodes, node_group
 from moetrain.moe.dispatch import allgather, collective, copy_engine
 from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape, Weights
+from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.grouped_mm import GroupedMMExperts
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.types import Routing
 from moetrain.testing.fake import fake_context
 
 T, D, H, E, K, LAYERS = 300, 64, 32, 8, 3, 6
+
+
+class TwoLevels:
+    """In place of moe/dispatch/two_level.py, which refuses nodes of one rank: with two GPUs one level at a time."""
+
+    def __init__(self, local: int) -> None:
+        self.local = local
+
+    def build(self, n_experts: int, group: dist.ProcessGroup, shape: ExchangeShape, chunks: int) -> TwoLevelDispatch:
+        """`local` consecutive GPUs to a node; the copy engines inside where there are several."""
+        nodes = find_nodes(group, "cuda", self.local)
+        landing = replace(shape, tokens=shape.tokens * len(nodes))
+        inside: Dispatcher = LocalDispatch()
+        if self.local > 1:
+            inside = copy_engine.build(n_experts // len(nodes), node_group(group, nodes), landing, 2)
+        return TwoLevelDispatch(n_experts, group, self.local, inside, Chunks("two_level", chunks, (), group))
+
+
 TRANSPORTS: dict[str, tuple[Any, int]] = {
     **{f"collective {chunks}": (collective, chunks) for chunks in (1, 2, 4)},
     "allgather 2": (allgather, 2),
     **{f"copy_engine {chunks}": (copy_engine, chunks) for chunks in (2, 3, 4)},
+    **{f"two_level {chunks}, nodes of {local}": (TwoLevels(local), chunks) for local in (1, 2) for chunks in (1, 3)},
 }
 
 
@@ -87,7 +110,8 @@ def worst_error(name: str) -> float:
 def host_waits(name: str) -> list[str]:
     """Warnings of torch's own watch over host synchronisations, of two layers forward and backward."""
     up, down = weights(torch.bfloat16)
-    w = (up[: E // 2].clone().requires_grad_(), down[: E // 2].clone().requires_grad_())
+    first = E // dist.get_world_size()
+    w = (up[:first].clone().requires_grad_(), down[:first].clone().requires_grad_())
     dispatcher = make(name, torch.bfloat16)
     x, expert, gate, dy = data(dist.get_rank(), 0, torch.bfloat16)
 

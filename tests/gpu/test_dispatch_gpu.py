@@ -17,7 +17,16 @@ def test_equals_one_process(name):
     assert max(run_ranks(worst_error, 2, name, backend="nccl")) < 1e-10
 
 
-@pytest.mark.parametrize(("name", "allowed"), [("collective 4", 2), ("allgather 2", 0), ("copy_engine 3", 0)])
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
+@pytest.mark.parametrize("name", [name for name in TRANSPORTS if "nodes of 2" in name])
+def test_two_nodes_of_two_equal_one_process(name):
+    assert max(run_ranks(worst_error, 4, name, backend="nccl")) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("collective 4", 2), ("allgather 2", 0), ("copy_engine 3", 0), ("two_level 3, nodes of 2", 2)],
+)
 def test_host_synchronisations(name, allowed):
     for waits in run_ranks(host_waits, 2, name, backend="nccl"):
         assert len(waits) <= allowed, waits

@@ -37,7 +37,8 @@ class AllGatherDispatch:
         assert x_TD.shape[0] <= self.tokens, f"{x_TD.shape[0]} tokens, but made for {self.tokens}"
 
         def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
-            trip = _Trip(self.group, x_TD.shape[0], self.tokens, chunks)
+            most = self.tokens if routing.most is None else routing.most
+            trip = _Trip(self.group, x_TD.shape[0], most, chunks)
             return exchange(x_TD, routing, trip, experts, weights, self.first_expert)
 
         return run(self.chunks.of(run, x_TD, routing, weights), x_TD, routing, weights)

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from moetrain.moe.dispatch import allgather, collective, local
+from moetrain.comm.nodes import find_nodes
+from moetrain.moe.dispatch import allgather, collective, local, two_level
 from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape
 
 GATHER_FROM = 1.5  # experts per token and rank from which an all-gather moves about what deduplicated rows do
 
 
 def build(
-    n_experts: int, group: dist.ProcessGroup | None, shape: ExchangeShape, chunks: str | int = "auto"
+    n_experts: int,
+    group: dist.ProcessGroup | None,
+    shape: ExchangeShape,
+    chunks: str | int = "auto",
+    node_size: str | int = "auto",
 ) -> Dispatcher:
-    """local when this rank has all experts; allgather when most ranks hold one of most tokens; else collective."""
+    """local when this rank has all experts; two_level when they are on several nodes of several ranks; allgather when
+    most ranks hold one of most tokens; else collective. node_size: as in dispatch=two_level.
+    """
     if group is None or group.size() == 1:
         return local.build(n_experts, group, shape)
     ep = group.size()
+    nodes = find_nodes(group, shape.device_type, node_size)
+    unfit = two_level.unfit(nodes)
+    if unfit is None:
+        _say("two_level", f"{len(nodes)} nodes of {len(nodes[0])} ranks share ep={ep}")
+        return two_level.build(n_experts, group, shape, chunks, node_size)
     gather = shape.top_k >= GATHER_FROM * ep
-    if dist.get_rank() == 0:
-        reason = f"top_k={shape.top_k} {'>=' if gather else '<'} {GATHER_FROM} x ep={ep}"
-        print(f"dispatch {'allgather' if gather else 'collective'} ({reason})", flush=True)
+    comparison = f"top_k={shape.top_k} {'>=' if gather else '<'} {GATHER_FROM} x ep={ep}"
+    if len(nodes) > 1:
+        comparison += f"; two_level {unfit}"
+    _say("allgather" if gather else "collective", comparison)
     return (allgather if gather else collective).build(n_experts, group, shape, chunks)
+
+
+def _say(name: str, reason: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"dispatch {name} ({reason})", flush=True)

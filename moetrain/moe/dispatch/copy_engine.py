@@ -113,7 +113,9 @@ class CopyEngineDispatch:
         assert x_TD.dtype == self.shape.dtype, f"{x_TD.dtype}, but made for {self.shape.dtype}"
 
         def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
-            return exchange(x_TD, routing, _Trip(self, len(x_TD), chunks), experts, weights, self.first_expert)
+            most = self.shape.tokens if routing.most is None else routing.most
+            trip = _Trip(self, len(x_TD), chunks, most)
+            return exchange(x_TD, routing, trip, experts, weights, self.first_expert)
 
         return run(self.chunks.of(run, x_TD, routing, weights), x_TD, routing, weights)
 
@@ -121,8 +123,10 @@ class CopyEngineDispatch:
         """A region of a rank's memory."""
         return self.buffers[rank, name]
 
-    def segments(self, rank: int, parts: int) -> list[Segment]:
-        """How `rank` cuts its peers' rows into `parts`."""
+    def segments(self, rank: int, parts: int, most: int) -> list[Segment]:
+        """How `rank` cuts its peers' rows, `most` each, into `parts`."""
+        if most != self.shape.tokens:  # differs from step to step
+            return segments(rank, self.memory.size, most, parts)
         if (rank, parts) not in self.cuts:
             self.cuts[rank, parts] = segments(rank, self.memory.size, self.shape.tokens, parts)
         return self.cuts[rank, parts]
@@ -136,8 +140,10 @@ class CopyEngineDispatch:
 
 
 class _Trip:
-    def __init__(self, dispatch: CopyEngineDispatch, tokens: int, chunks: int) -> None:
-        self.dispatch, self.tokens = dispatch, tokens
+    """most: rows that every rank is taken to have, with empty ones behind its own."""
+
+    def __init__(self, dispatch: CopyEngineDispatch, tokens: int, chunks: int, most: int) -> None:
+        self.dispatch, self.tokens, self.most = dispatch, tokens, most
         self.pieces, self.first_stays = max(chunks, 2), True
         self.parts = self.pieces - 1  # of the peers' rows
 
@@ -153,12 +159,12 @@ class _Leg:
         self.row_TD, self.label_TL = row_TD.contiguous(), None if label_TL is None else label_TL.contiguous()
         self.own: tuple[Tensor, Tensor | None] | None = None
         shape, ranks = self.dispatch.shape, self.memory.size
-        most = shape.tokens
+        most = trip.most
         self.row_MD = row_TD.new_empty((ranks - 1) * most, shape.d_model)
         self.label_ML = None if label_TL is None else label_TL.new_empty((ranks - 1) * most, label_TL.shape[1])
         self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
         self.home_RTK: Tensor | None = None
-        self.mine = self.dispatch.segments(self.memory.rank, trip.parts)
+        self.mine = self.dispatch.segments(self.memory.rank, trip.parts, most)
         # From here the rows are there, and the landing places are free: their former users are done.
         self.memory.after(self.memory.mark(), beside=True)
         self._stage()
@@ -170,7 +176,7 @@ class _Leg:
         rank, tokens = self.memory.rank, self.trip.tokens
         for name, source, empty in (("out_rows", self.row_TD, 0), ("out_labels", self.label_TL, -1)):
             if source is not None:
-                target = self.dispatch.buffer(rank, name)
+                target = self.dispatch.buffer(rank, name)[: self.trip.most]
                 self.memory.copy(target[:tokens], source)
                 if tokens < len(target):
                     self.memory.fill(target[tokens:], empty)
@@ -232,12 +238,12 @@ class _Leg:
     def _fetch_home(self, gate_MK: Tensor | None) -> Any:
         """What peers' experts made of this rank's rows."""
         if gate_MK is not None:
-            shape = (len(self.dispatch.peers), self.dispatch.shape.tokens, gate_MK.shape[1])
+            shape = (len(self.dispatch.peers), self.trip.most, gate_MK.shape[1])
             self.home_RTK = gate_MK.new_empty(shape)
         rank = self.memory.rank
         self.memory.after(self.memory.mark(), beside=True)
         for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
-            for seg in self.dispatch.segments(peer, self.trip.parts):
+            for seg in self.dispatch.segments(peer, self.trip.parts, self.trip.most):
                 if seg.source != rank:
                     continue
                 self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)

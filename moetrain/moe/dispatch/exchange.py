@@ -32,7 +32,7 @@ def exchange(
 ) -> Tensor:
     """y_TD = sum over chosen experts of gate * expert(x), with the rows moved by `trip`. Collective over its ranks.
 
-    first_expert: the global number of this rank's expert 0.
+    first_expert: the global number of the first expert that `experts` reaches.
     """
     job = _Job(trip, experts, first_expert, routing.kept, torch.is_grad_enabled())
     return _Exchange.apply(x_TD, routing.gate_TK, routing.expert_TK, *weights, job)

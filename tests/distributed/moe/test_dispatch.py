@@ -6,14 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.moe.dispatch import allgather, auto, collective
 from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.sliced import SlicedDispatch
-from moetrain.moe.experts.grouped_mm import GroupedMMExperts
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
@@ -187,66 +185,6 @@ def test_a_token_travels_once_per_rank_not_once_per_expert(chunks):
     for rank in range(WORLD):
         wanted = sum(any(int(e) // (E // WORLD) == rank for e in row) for row in expert)
         assert ranks[rank][1] == wanted
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: reading values, and shapes that depend on them."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
-        name = fn.__name__.split(".")[0]
-        by_mask = name in ("index", "index_put_") and any(
-            t is not None and t.dtype is torch.bool for t in args[1] if t is None or isinstance(t, torch.Tensor)
-        )
-        if by_mask or any(name.startswith(wait) for wait in self.WAITS):
-            self.found.append(name)
-        return fn(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def imported():
-    """A dispatch mode imports for seconds when first used: here, once, before ranks are forked."""
-    with HostReads():
-        torch.ones(1) + 1
-
-
-def host_reads(name):
-    """(host reads forward, backward) of one layer; tolist and item go around the dispatcher."""
-    reads = HostReads()
-    plain = {method: getattr(torch.Tensor, method) for method in ("tolist", "item", "__bool__", "__int__", "cpu")}
-    for method, call in plain.items():
-        counted = lambda t, *a, call=call, method=method: reads.found.append(method) or call(t, *a)  # noqa: E731
-        setattr(torch.Tensor, method, counted)
-    x, expert, gate, upstream = data(dist.get_rank(), "unused_slots")
-    x, gate = (t.detach().float().requires_grad_() for t in (x, gate))
-    w = (torch.ones(E // WORLD, 2, 8, D).requires_grad_(), torch.ones(E // WORLD, D, 8).requires_grad_())
-    with reads:
-        y = make(name)(x, routing(expert, gate), GroupedMMExperts(), w)
-        forward = list(reads.found)
-        y.backward(upstream.float())
-    for method, call in plain.items():
-        setattr(torch.Tensor, method, call)
-    return forward, reads.found[len(forward) :]
-
-
-@pytest.mark.parametrize(
-    ("name", "allowed"), [("collective 1", 1), ("collective 3", 1), ("collective 3 padded", 0), ("allgather 3", 0)]
-)
-def test_host_synchronisations_of_a_layer(name, allowed, imported):
-    for forward, backward in run_ranks(host_reads, WORLD, name):
-        assert len(forward) == allowed, forward
-        assert not backward
-
-
-def test_a_reading_host_is_noticed(monkeypatch, imported):
-    plain = collective.wanted_by_rank
-    monkeypatch.setattr(collective, "wanted_by_rank", lambda *a: plain(*a) & bool(plain(*a).any()))
-    assert len(run_ranks(host_reads, WORLD, "collective 1")[0][0]) > 1
 
 
 @pytest.mark.parametrize(("top_k", "kind"), [(6, "AllGatherDispatch"), (5, "CollectiveDispatch")])
