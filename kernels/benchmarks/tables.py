@@ -38,6 +38,11 @@ TABLES: dict[str, configs.Config | None] = {
     "ring s4x2": ring(stages=4, cols=64, bufs=2),
     "ring s3x5": ring(stages=3, cols=64, bufs=5),
     "ring s3x2": ring(stages=3, cols=128, bufs=2),
+    "unfused": ring(fuse=False),
+    "counter": ring(dynamic=True),
+    "lead": ring(lead=True),
+    "counter lead": ring(dynamic=True, lead=True),
+    "counter lead s3x2": ring(dynamic=True, lead=True, stages=3, cols=128, bufs=2),
 }
 
 
