@@ -132,19 +132,21 @@ def compile_model() -> None:
     """Walk the kernels of attention and loss, in the widths of 128-wide heads and of MLA's rotated parts."""
     logit_CV, target_C = torch.empty(16, 32000), torch.zeros(16, dtype=torch.int64)
     loss_C, grad_CV = torch.empty(16), torch.empty(16, 32000, dtype=torch.bfloat16)
-    args = (logit_CV, target_C, torch.ones(16, dtype=torch.uint8), loss_C, grad_CV, 32000)
+    args = (logit_CV, target_C, torch.ones(16, dtype=torch.uint8), loss_C, grad_CV)
     for gradient in (True, False):
-        constants = {"BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
+        constants = {"columns": 32000, "BLOCK": softmax_loss.BLOCK, "GRAD": gradient}
         softmax_loss.launch_cross_entropy((16, 1, 1), args, constants, num_warps=8)
     narrow, wide, scale = torch.empty(4096, dtype=torch.bfloat16), torch.empty(4096), torch.empty(())
     for args, scaled in (((narrow, wide, narrow), False), ((wide, narrow, scale), True)):
-        dtypes.launch_convert((1, 1, 1), (*args, 4096), {"BLOCK": dtypes.BLOCK, "SCALED": scaled}, num_warps=8)
+        dtypes.launch_convert(
+            (1, 1, 1), (*args, 4096), {"BLOCK": dtypes.BLOCK, "EVEN": True, "SCALED": scaled}, num_warps=8
+        )
     h_T2F = torch.empty(64, 2, 1536, dtype=torch.bfloat16, requires_grad=True)
     y_TF = dense.SwiGLU.apply(h_T2F[:, 0], h_T2F[:, 1])
     torch.autograd.grad(y_TF, h_T2F, y_TF.detach())
     state = torch.empty(6, 4096).unbind()
     args = (*state, 4096, 0, 1e-3, 0.1, 0.05, 1e-8, 1e-4)
-    update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK}, num_warps=4)
+    update.launch_adamw((2, 1, 1), args, {"BLOCK": update.BLOCK, "EVEN": True}, num_warps=4)
     for add in (True, False):
         x_TD, weight_D = torch.empty(64, 2048, dtype=torch.bfloat16, requires_grad=True), torch.empty(2048)
         found = norm.RMSNorm.apply(x_TD, x_TD if add else None, weight_D, 1e-6)

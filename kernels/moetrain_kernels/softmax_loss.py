@@ -15,14 +15,14 @@ from .launch import Launcher, interpreting, power_of_2
 BLOCK = 8192  # logits of one step through a row
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit
 def cross_entropy_kernel(
     logit_ptr,
     target_C,
     mask_C,
     loss_C,
     grad_ptr,
-    columns,
+    columns: tl.constexpr,
     BLOCK: tl.constexpr,
     GRAD: tl.constexpr,
 ):
@@ -83,8 +83,7 @@ def cross_entropy(
             mask_C.to(torch.uint8),
             loss_C,
             loss_C if grad_CV is None else grad_CV,
-            columns,
         )
-        constants = {"BLOCK": block, "GRAD": grad_CV is not None}
+        constants = {"columns": columns, "BLOCK": block, "GRAD": grad_CV is not None}
         launch_cross_entropy((rows, 1, 1), args, constants, num_warps=8 if block >= 2048 else 4)
     return loss_C, grad_CV

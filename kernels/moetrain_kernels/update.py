@@ -31,6 +31,7 @@ def adamw_kernel(
     eps,
     decay,
     BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Elements [BLOCK * program, ...) of parameter, gradient, and moments. rest: 1 - beta."""
     correction1 = tl.load(correction_N2 + 2 * number)
@@ -38,6 +39,8 @@ def adamw_kernel(
     divisor = tl.load(divisor_ptr)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
+    if EVEN:  # a mask whose edge is unknown cuts every access to four bytes
+        inside = tl.full((BLOCK,), 1, tl.int1)
     p = tl.load(p_ptr + at, mask=inside, other=0.0)
     g = tl.load(g_ptr + at, mask=inside, other=0.0) / divisor
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
@@ -86,4 +89,5 @@ def adamw(
     for number, (p, g, m, v) in enumerate(zip(parameters, grads, *moments)):
         if p.numel():
             args = (p, g, m, v, correction_N2, divisor, p.numel(), number, *map(float, rates))
-            launch_adamw((cdiv(p.numel(), BLOCK), 1, 1), args, {"BLOCK": BLOCK}, num_warps=4)
+            constants = {"BLOCK": BLOCK, "EVEN": p.numel() % BLOCK == 0}
+            launch_adamw((cdiv(p.numel(), BLOCK), 1, 1), args, constants, num_warps=4)
