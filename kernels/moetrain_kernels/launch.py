@@ -60,7 +60,7 @@ class Launcher:
 
     Triton's own lookup costs the host tens of microseconds, twelve times a step: more than a small layer's kernels
     take. The key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte
-    alignment. Integers must be declared do_not_specialize.
+    alignment, an integer's width. Integers must be declared do_not_specialize.
     """
 
     def __init__(self, kernel):
@@ -85,6 +85,8 @@ class Launcher:
 def _trait(arg: object) -> object:
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return int, arg.bit_length() > 31  # 32 bits, or 64
     base = getattr(arg, "base", None)
     return type(arg) if base is None else base.dtype
 
