@@ -70,7 +70,8 @@ def assert_equal(run, reference):
     print(difference)
     assert max(difference.loss, difference.norm, difference.gradient) < BAR, difference
     for mine, theirs in zip(run, reference):
-        assert mine.row.keys() == theirs.row.keys()
+        of_ranks = {key for key in mine.row if key.endswith("rank_load_max_over_mean")}  # nothing to tell without ep
+        assert mine.row.keys() - of_ranks == theirs.row.keys()
         counted = [key for key in theirs.row if key.startswith(("moe/", "aux/"))]
         assert counted
         assert all(mine.row[key] == pytest.approx(theirs.row[key], rel=BAR, abs=0) for key in counted)
