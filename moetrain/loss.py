@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.collectives import all_reduce_sum
-from moetrain.moe.fused import fused
+from moetrain.fused import fused
 
 
 def chunked_cross_entropy(

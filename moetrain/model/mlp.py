@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moetrain.fused import silu_times
 from moetrain.model.core import Gather, whole
-from moetrain.moe.fused import silu_times
 
 
 class SwiGLU(nn.Module):

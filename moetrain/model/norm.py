@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.moe.fused import fused
+from moetrain.fused import fused
 
 
 class RMSNorm(nn.Module):

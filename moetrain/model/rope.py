@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moetrain.config.model import RopeConfig
+from moetrain.fused import fused
 from moetrain.model.norm import RMSNorm
-from moetrain.moe.fused import fused
 
 
 def frequencies(config: RopeConfig, dim: int, device: torch.device | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.moe.fused import silu_times
+from moetrain.fused import silu_times
 
 
 class SharedExperts(nn.Module):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from moetrain.comm.shards import local
-from moetrain.moe.fused import fused
+from moetrain.fused import fused
 from moetrain.optim.check import require_range
 
 NamedParameters = Iterable[tuple[str, Parameter]]

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moetrain.comm.shards import local
+from moetrain.fused import fused
 from moetrain.moe.dispatch.base import Dispatcher
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.base import ExpertBackend
-from moetrain.moe.fused import fused
 from moetrain.moe.types import Routing
 
 

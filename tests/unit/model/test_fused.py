@@ -7,13 +7,13 @@ import moetrain_kernels
 import pytest
 import torch
 
+from moetrain import fused as choice
 from moetrain import loss as losses
 from moetrain.config.model import AttentionConfig, ModelConfig, RopeConfig
 from moetrain.model import norm, rope
 from moetrain.model.attention import GQA, MLA
 from moetrain.model.core import share
 from moetrain.model.mlp import SwiGLU
-from moetrain.moe import fused as choice
 from moetrain.moe.shared import SharedExperts
 from moetrain.testing.fake import fake_context
 
