@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from moetrain.moe.types import TokenContext, Totals
+import torch
+from torch import Tensor
+
+from moetrain.moe.types import Routing, TokenContext, Totals
 
 
 def fake_context(rows: int, length: int, *, padding: int = 0, seed: int = 0, vocab: int = 100) -> TokenContext:
@@ -21,3 +24,10 @@ def fake_context(rows: int, length: int, *, padding: int = 0, seed: int = 0, voc
     tokens = (document_BS >= 0).sum().double()
     totals = Totals(loss_tokens=tokens, tokens=tokens, rows=rows, micro_batches=1)
     return TokenContext(token_BS, position_BS, document_BS, totals)
+
+
+def fake_routing(expert_TK: Tensor, gate_TK: Tensor, **more: Any) -> Routing:
+    """What a dispatcher reads of a routing, and `more` of it; what only balance losses read is empty."""
+    empty = torch.empty(0)
+    context = fake_context(1, max(len(expert_TK), 1))
+    return Routing(expert_TK, gate_TK, empty, empty, empty, empty, context, **more)

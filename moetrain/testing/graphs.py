@@ -22,8 +22,8 @@ from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.experts.triton import TritonExperts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.router.softmax import SoftmaxTopK
-from moetrain.moe.types import Routing, TokenContext
-from moetrain.testing.fake import fake_context
+from moetrain.moe.types import TokenContext
+from moetrain.testing.fake import fake_context, fake_routing
 
 ROWS, S, D, F, E, K = 2, 256, 128, 64, 8, 2
 Run = Callable[..., Sequence[Tensor]]
@@ -85,8 +85,7 @@ def through_experts(dispatcher: Dispatcher, backend: ExpertBackend, tensors: Seq
     """x, experts, gates, both weights, dy -> y and the gradients of x, gates, and weights."""
     x_TD, expert_TK, gate_TK, *weights, dy_TD = tensors
     x, gate, up, down = (t.detach().requires_grad_() for t in (x_TD, gate_TK, *weights))
-    none = torch.empty(0)
-    routing = Routing(expert_TK, gate, none, none, none, none, fake_context(1, len(x)), bounded=True)
+    routing = fake_routing(expert_TK, gate, bounded=True)
     y_TD = dispatcher(x, routing, backend, (up, down))
     return [y_TD.detach(), *torch.autograd.grad(y_TD, (x, gate, up, down), dy_TD)]
 

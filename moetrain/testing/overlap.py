@@ -28,7 +28,7 @@ from moetrain.moe.dispatch.base import ExchangeShape, Weights
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 
 REPEATS, WARMUP = 7, 3
 BAR = 2.0**-6  # bf16 rounds to 2^-9; a result is a sum of rounded parts of rounded products
@@ -91,8 +91,7 @@ def make_problem(shape: Shape, zipf: float, rank: int) -> Problem:
     uniform_TE = torch.rand(shape.T, shape.E, device="cuda", dtype=torch.float64, generator=mine)
     expert_TK = (popularity_E.log() - uniform_TE.log().neg().log()).topk(shape.K).indices
     gate_TK = torch.rand(shape.T, shape.K, device="cuda", generator=mine).softmax(-1)
-    none = torch.empty(0)
-    routing = Routing(expert_TK, gate_TK, none, none, none, none, fake_context(1, 1))
+    routing = fake_routing(expert_TK, gate_TK)
     x, dy = normal(mine, shape.T, shape.D), normal(mine, shape.T, shape.D)
     return Problem(x, dy, routing, (w_gate_up, w_down))
 

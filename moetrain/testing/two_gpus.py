@@ -19,7 +19,7 @@ from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.grouped_mm import GroupedMMExperts
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.types import Routing
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 
 T, D, H, E, K, LAYERS = 300, 64, 32, 8, 3, 6
 
@@ -69,8 +69,7 @@ def weights(dtype: torch.dtype) -> Weights:
 
 def routing(expert: Tensor, gate: Tensor) -> Routing:
     """Nothing but experts and gates."""
-    none = torch.empty(0)
-    return Routing(expert, gate, none, none, none, none, fake_context(1, 1))
+    return fake_routing(expert, gate)
 
 
 def make(name: str, dtype: torch.dtype) -> Dispatcher:

@@ -20,8 +20,7 @@ from moetrain.moe.dispatch import collective
 from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
-from moetrain.moe.types import Routing
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 from moetrain.testing.machine import describe_machine
 from moetrain.testing.ranks import run_ranks
 
@@ -65,16 +64,16 @@ def weights(device: str) -> tuple[Tensor, Tensor]:
 
 def one_rank(wire: str, outliers: bool, device: str) -> list[float]:
     """Errors by PARTS, of all ranks together."""
-    rank, ranks, none = dist.get_rank(), dist.get_world_size(), torch.empty(0)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     x, expert, gate, dy = data(rank, outliers, device)
-    routing = Routing(expert, gate.requires_grad_(), none, none, none, none, fake_context(1, T))
+    routing = fake_routing(expert, gate.requires_grad_())
     shape = ExchangeShape(T, D, K, torch.bfloat16, device)
     dispatcher = collective.build(E, dist.group.WORLD, shape, 1, wire)
     own = tuple(w.chunk(ranks)[rank].clone().requires_grad_() for w in weights(device))
     y = dispatcher(x.requires_grad_(), routing, ReferenceExperts(), (own[0], own[1]))
     got = [y, *torch.autograd.grad(y, (x, gate, *own), dy)]
     x64, gate64, *w64 = (t.detach().double().requires_grad_() for t in (x, gate, *weights(device)))
-    whole = Routing(expert, gate64, none, none, none, none, fake_context(1, T))
+    whole = fake_routing(expert, gate64)
     y64 = LocalDispatch()(x64, whole, ReferenceExperts(), (w64[0], w64[1]))
     want = [y64, *torch.autograd.grad(y64, (x64, gate64, *w64), dy.double())]
     for index in (3, 4):

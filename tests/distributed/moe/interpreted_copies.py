@@ -13,9 +13,8 @@ from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.experts.triton import TritonExperts
-from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 from moetrain.testing.peer import FileMemory
 
 T, D, F, E, K, RANKS, BAR = 19, 16, 12, 6, 2, 3, 1e-5  # sums of at most 57 products in fp32
@@ -40,8 +39,7 @@ def layer(dispatch, experts, w, rank, dtype):
     """y and all gradients."""
     x, expert, gate, dy = data(rank)
     leaves = [t.to(dtype).requires_grad_() for t in (x, gate, *w)]
-    none = torch.empty(0)
-    routing = Routing(expert, leaves[1], none, none, none, none, fake_context(1, len(x)))
+    routing = fake_routing(expert, leaves[1])
     y = dispatch(leaves[0], routing, experts, (leaves[2], leaves[3]))
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
 

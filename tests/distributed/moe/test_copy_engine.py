@@ -13,9 +13,8 @@ from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions, segments
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
-from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 from moetrain.testing.peer import FileMemory
 
 pytestmark = pytest.mark.distributed
@@ -45,8 +44,7 @@ def weights():
 
 
 def routing(expert, gate):
-    none = torch.empty(0)
-    return Routing(expert, gate, none, none, none, none, fake_context(1, max(len(expert), 1)))
+    return fake_routing(expert, gate)
 
 
 def one_rank(directory, chunks, jitter=(0.0,) * WORLD, ignored=()):

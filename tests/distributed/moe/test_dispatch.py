@@ -13,9 +13,8 @@ from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.sliced import SlicedDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
-from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 
 pytestmark = pytest.mark.distributed
 D, H, E, K, WORLD = 8, 6, 8, 3, 4
@@ -59,8 +58,7 @@ def own_weights():
 
 def routing(expert, gate):
     """As if a capacity had bounded it: dispatchers without a bound must not care."""
-    none = torch.empty(0)
-    return Routing(expert, gate, none, none, none, none, fake_context(1, max(len(expert), 1)), bounded=True)
+    return fake_routing(expert, gate, bounded=True)
 
 
 def make(name):

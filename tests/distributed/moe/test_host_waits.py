@@ -11,9 +11,8 @@ from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions
 from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.grouped_mm import GroupedMMExperts
-from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 from moetrain.testing.host_reads import host_reads
 from moetrain.testing.peer import FileMemory
 
@@ -64,13 +63,13 @@ def imported():
 def one_rank(name, directory):
     """Reads of one layer forward, and backward."""
     dispatcher = DISPATCHERS[name][0](directory)
-    g, none = torch.Generator().manual_seed(dist.get_rank()), torch.empty(0)
+    g = torch.Generator().manual_seed(dist.get_rank())
     expert = torch.rand(T, E, generator=g).argsort(-1)[:, :K]
     expert[torch.rand(T, K, generator=g) < 0.4] = -1
     x, gate = torch.randn(T, D, generator=g).requires_grad_(), torch.rand(T, K, generator=g).requires_grad_()
     here = E if name == "local" else E // WORLD
     w = (torch.ones(here, 2, F, D).requires_grad_(), torch.ones(here, D, F).requires_grad_())
-    routing = Routing(expert, gate, none, none, none, none, fake_context(1, T), bounded=True)
+    routing = fake_routing(expert, gate, bounded=True)
     with host_reads() as found:
         y = dispatcher(x, routing, GroupedMMExperts(), w)
         forward = list(found)

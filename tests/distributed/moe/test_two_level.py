@@ -19,9 +19,8 @@ from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.kept import Kept
-from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 from moetrain.testing.peer import FileMemory
 
 pytestmark = pytest.mark.distributed
@@ -70,8 +69,7 @@ def own_weights():
 
 
 def routing(expert, gate, kept=None):
-    none = torch.empty(0)
-    return Routing(expert, gate, none, none, none, none, fake_context(1, max(len(expert), 1)), kept=kept, bounded=True)
+    return fake_routing(expert, gate, kept=kept, bounded=True)
 
 
 def over_files(directory, chunks, jitter=0.0, fp8=False):

@@ -14,9 +14,8 @@ from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.wire import decode, encode
 from moetrain.moe.experts.reference import ReferenceExperts
-from moetrain.moe.types import Routing
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_context
+from moetrain.testing.fake import fake_routing
 
 pytestmark = pytest.mark.distributed
 D, H, E, K, WORLD, T = 16, 6, 1000, 3, 4, 9  # more experts than any 8-bit label could count
@@ -49,8 +48,7 @@ def weights():
 
 
 def routing(expert, gate):
-    none = torch.empty(0)
-    return Routing(expert, gate, none, none, none, none, fake_context(1, len(expert)), bounded=True)
+    return fake_routing(expert, gate, bounded=True)
 
 
 def one_rank(name):
