@@ -28,7 +28,10 @@ import json
 import re
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,61 +40,13 @@ import torch.distributed as dist
 
 from moetrain.testing.layouts import CASES, Case
 from moetrain.testing.machine import describe_machine
-from moetrain.testing.ranks import RankFailure, run_ranks
+from moetrain.testing.ranks import RankFailure
+from moetrain.testing.single import FP32_BAR, ROUNDED, Bench, Noise, kept, references
 from moetrain.testing.small import write_documents
-from moetrain.testing.trajectory import Difference, Step, compare, farthest, flips, record
+from moetrain.testing.trajectory import Difference, Step, compare, flips
 
-FP64_BAR, FP32_BAR, REPLAY_BAR = 1e-9, 1e-5, 3.0
-ROUNDED = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}  # precisions whose rounding makes routing flip
-OTHER_MICRO_STEPS = 1, 4  # of one process; two are the rule
-EPS = {"fp32": torch.finfo(torch.float32).eps, "bf16": torch.finfo(torch.bfloat16).eps}
-SANE = {"fp32": FP32_BAR, "bf16": 0.1}  # more than this is no rounding, and the bars would mean nothing
-RANKS_IN_TURN = 4  # layouts that share one set of CUDA ranks, whose start takes longer than a layout
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all layouts of one table have in common. directory: data, recorded routing, references, rows so far."""
-
-    device: str
-    steps: int
-    directory: str
-    data: list[str]
-
-    @property
-    def path(self) -> Path:
-        return Path(self.directory)
-
-    @property
-    def backend(self) -> str:
-        return "nccl" if self.device == "cuda" else "gloo"
-
-    def train(self, case: Case, precision: str, tape: str = "", label: str = "") -> list[Step]:
-        """One run of `case` on the ranks that are running. tape: record=DIR or replay=DIR."""
-        run_dir = self.path / re.sub(r"\W+", "-", f"{case.name} {precision} {label}")
-        options = case.overrides(self.data, run_dir, precision, cuda=self.device == "cuda")
-        return record([*options, *([f"router.{tape}"] if tape else [])], self.steps)[0]
-
-    def tape(self, precision: str) -> Path:
-        return self.path / f"routing-{precision}"
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far rounding takes single processes from one in fp64, in the first step and in all.
-
-    eps: one rounding, below which nothing that is computed in this precision can be told apart.
-    """
-
-    eps: float
-    first: Difference
-    all: Difference
-
-    def ratio(self, far: Difference, which: int) -> float:
-        """The largest of the three errors of `far`, each in units of this noise. which: 0 the first step, 1 all."""
-        bar = (self.first, self.all)[which]
-        pairs = (far.loss, bar.loss), (far.norm, bar.norm), (far.gradient, bar.gradient)
-        return max(error / max(noise, self.eps) for error, noise in pairs)
+FP64_BAR, REPLAY_BAR = 1e-9, 3.0
+BATCH = 2  # layouts that share one set of CUDA ranks, whose start takes as long as a layout
 
 
 @dataclass(frozen=True)
@@ -121,20 +76,19 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         long = {"count": 1200} if options.device == "cuda" else {"longest": 12}
         bench = Bench(options.device, options.steps, name, write_documents(Path(name), **long))
-        noise = run_ranks(references, 1, bench, backend=bench.backend, timeout_s=600)[0]
-        lines = header(options, noise)
-        kept = kept_rows(options.write) if options.keep else []
-        lines += map(line_of, kept)
-        print("\n".join(lines), flush=True)
-        done = {row.name for row in kept}
-        rows = kept + table([case for case in cases if case.name not in done], bench, lines, options.write)
+        noise = references(bench)
+        head = header(options, noise)
+        old = kept_rows(options.write) if options.keep else []
+        print("\n".join([*head, *map(line_of, old)]), flush=True)
+        done = {row.name for row in old}
+        rows = Table(bench, noise, head, options.write, old).fill([case for case in cases if case.name not in done])
     failed = sum(not row.passed for row in rows)
     closing = f"{len(rows) - failed} of {len(rows)} layouts equal one process over {options.steps} steps."
     if left_out:
         closing += f" Left out, because torch {torch.__version__} is too old for them: {'; '.join(left_out)}."
     print(f"\n{closing}")
     if options.write:
-        options.write.write_text("\n".join([*lines, "", closing, ""]))
+        options.write.write_text("\n".join([*head, *map(line_of, rows), "", closing, ""]))
     return 1 if failed else 0
 
 
@@ -145,58 +99,73 @@ def kept_rows(path: Path) -> list[Row]:
     return [Row(name, rest, True) for name, *rest in cells if name in names]
 
 
-def references(bench: Bench) -> dict[str, Noise]:
-    """Train the single process in every precision, keep the runs, and return how far rounding takes it from fp64."""
-    alone, runs, noise = Case(1), {}, {}
-    runs["fp64"] = bench.train(alone, "fp64")
-    assert max(step.row["grad_norm"] for step in runs["fp64"]) > 0.5, "clipping took no part"
-    for precision in ROUNDED[bench.device]:
-        tape = bench.tape(precision)
-        run = runs[precision] = bench.train(alone, precision, f"record={tape}")
-        truth = bench.train(alone, "fp64", f"replay={tape}", precision)
-        orders = [Case(1, micro_steps=n) for n in OTHER_MICRO_STEPS]
-        rounded = [run, *(bench.train(o, precision, f"replay={tape}", f"{o.micro_steps} steps") for o in orders)]
-        first = farthest([compare(other[:1], truth[:1]) for other in rounded])
-        assert first.worst < SANE[precision], f"one process in {precision} is not itself in fp64: {first}"
-        noise[precision] = Noise(EPS[precision], first, farthest([compare(other, truth) for other in rounded]))
-    torch.save((runs, noise), bench.path / "references.pt")
-    return noise
+@dataclass
+class Table:
+    """The table as far as it has come, printed and written row by row."""
+
+    bench: Bench
+    noise: dict[str, Noise]
+    head: list[str]
+    write: Path | None
+    rows: list[Row]
+
+    def fill(self, cases: list[Case]) -> list[Row]:
+        """Run all cases, several sets of ranks at a time; all rows in the order of CASES."""
+        size = BATCH if self.bench.device == "cuda" else 1
+        waiting: deque[list[Case]] = deque()
+        for case in cases:
+            if waiting and len(waiting[-1]) < size and waiting[-1][0].world == case.world:
+                waiting[-1].append(case)
+            else:
+                waiting.append([case])
+        lock = threading.Lock()
+
+        def work(job: int) -> None:
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    batch = waiting.popleft()
+                new = run_batch(batch, self.bench, self.noise, job)
+                with lock:
+                    self.add(new)
+                    if left := batch[len(new) :]:
+                        waiting.appendleft(left)
+
+        with ThreadPoolExecutor(self.bench.jobs) as pool:
+            list(pool.map(work, range(self.bench.jobs)))
+        return self.rows
+
+    def add(self, new: list[Row]) -> None:
+        order = {case.name: i for i, case in enumerate(CASES)}
+        self.rows = sorted(self.rows + new, key=lambda row: order[row.name.split(" FAILED")[0]])
+        if self.write:
+            self.write.write_text("\n".join([*self.head, *map(line_of, self.rows), ""]))
 
 
-def table(cases: list[Case], bench: Bench, lines: list[str], write: Path | None) -> list[Row]:
-    """Run all cases, appending a line for each to `lines` and to the file."""
-    at_once = RANKS_IN_TURN if bench.device == "cuda" else 1
-    waiting = list(cases)
-    rows: list[Row] = []
-    while waiting:
-        first = waiting[0].world
-        batch = [case for case in waiting[:at_once] if case.world == first]
-        done = bench.path / f"rows-{len(rows)}.jsonl"
-        done.touch()
+def run_batch(batch: list[Case], bench: Bench, noise: dict[str, Noise], job: int) -> list[Row]:
+    """The rows of a batch's cases up to the first that crashes, and that one's."""
+    done = bench.path / f"rows-{job}.jsonl"
+    done.write_text("")
+    limit = 120 + 60 * len(batch) if bench.device == "cuda" else 900  # 8 ranks may share two cores
+    try:
+        bench.on_ranks(measure, batch[0].world, batch, bench, noise, str(done), job=job, timeout_s=limit)
         why = ""
-        try:
-            limit = 60 + 60 * len(batch) if bench.device == "cuda" else 900  # 8 ranks may share two cores
-            run_ranks(measure, first, batch, bench, str(done), backend=bench.backend, timeout_s=limit)
-        except RankFailure as error:
-            print(error, file=sys.stderr)
-            why = str(error).strip().splitlines()[-1]
-        new = [Row(**json.loads(line)) for line in done.read_text().splitlines()]
-        if why and len(new) < len(batch):
-            failed = batch[len(new)]
-            new.append(Row(failed.name, [str(failed.world), f"FAILED: {why}"], False))
-            print(line_of(new[-1]), flush=True)
-        waiting = waiting[len(new) :]
-        rows += new
-        lines += [line_of(row) for row in new]
-        if write:
-            write.write_text("\n".join([*lines, ""]))
+    except RankFailure as error:
+        print(error, file=sys.stderr)
+        why = str(error).strip().splitlines()[-1]
+    rows = [Row(**json.loads(line)) for line in done.read_text().splitlines()]
+    if why and len(rows) < len(batch):
+        failed = batch[len(rows)]
+        rows.append(Row(failed.name, [str(failed.world), f"FAILED: {why}"], False))
+        print(line_of(rows[-1]), flush=True)
     return rows
 
 
-def measure(cases: list[Case], bench: Bench, done: str) -> None:
+def measure(cases: list[Case], bench: Bench, noise: dict[str, Noise], done: str) -> None:
     """Collective: train each case in every precision; rank 0 prints its row and appends it to the file `done`."""
     first = dist.get_rank() == 0
-    runs, noise = torch.load(bench.path / "references.pt", weights_only=False) if first else ({}, {})
+    runs = kept(bench) if first else {}
     for case in cases:
         start = time.monotonic()
         mine = {"fp64": bench.train(case, "fp64")}

@@ -29,12 +29,19 @@ class RankFailure(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world: int, *args: Any, backend: str = "gloo", timeout_s: float = 180.0, **kwargs: Any
+    fn: Callable[..., Any],
+    world: int,
+    *args: Any,
+    backend: str = "gloo",
+    timeout_s: float = 180.0,
+    first_device: int = 0,
+    **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world` ranks with torch.distributed initialised; return the results by rank.
 
     Results travel through torch.save, so tensors are fine. Raises RankFailure for the first rank that fails; the others
-    are killed, so a collective that waits for the failed one does not hang the test.
+    are killed, so a collective that waits for the failed one does not hang the test. With nccl, rank 0 has the GPU
+    `first_device`, and the next ranks the next ones.
     """
     context: Any = mp.get_context("fork" if backend == "gloo" else "spawn")
     with tempfile.TemporaryDirectory() as directory:
@@ -42,7 +49,7 @@ def run_ranks(
         ranks, pipes = [], {}
         for rank in range(world):
             receive, send = context.Pipe(duplex=False)
-            where = (rank, world, backend, store, timeout_s)
+            where = (rank, world, backend, store, timeout_s, first_device + rank)
             process = context.Process(target=_rank_main, args=(send, where, fn, args, kwargs), daemon=True)
             process.start()
             send.close()
@@ -77,16 +84,16 @@ def _collect(pipes: dict[Any, int], world: int, timeout_s: float) -> list[Any]:
 
 
 def _rank_main(
-    send: Connection, where: tuple[int, int, str, str, float], fn: Callable, args: tuple, kwargs: dict
+    send: Connection, where: tuple[int, int, str, str, float, int], fn: Callable, args: tuple, kwargs: dict
 ) -> None:
-    rank, world, backend, store, timeout_s = where
+    rank, world, backend, store, timeout_s, device = where
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__ or sys.stderr)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         if backend == "nccl":
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(device)
         dist.init_process_group(
             backend,
             store=dist.FileStore(store, world),
