@@ -4,7 +4,8 @@
 
 Every rank has different tokens; ep is the number of GPUs. `compute only` is one call of the fastest expert backend on
 the rows that a rank's experts get, already there; it and a layer take turns, and ratios are within a pair. Times are
-medians of device events of the slowest rank, in ms, and behind each of the host's time to launch it; error is the
+medians of device events of the slowest rank, in ms, with the host ahead of the device as it is in a training step;
+behind each stands the host's own time to launch it, which is what counts where that is the longer one. error is the
 largest relative L2 distance of y, dx, dgates, dw from the same backend in one process.
 """
 
@@ -31,6 +32,7 @@ from moetrain.moe.types import Routing
 from moetrain.testing.fake import fake_routing
 
 REPEATS, WARMUP = 7, 3
+HEAD_START = 20_000_000  # device cycles, about 10 ms: what the host may launch meanwhile
 BAR = 2.0**-6  # bf16 rounds to 2^-9; a result is a sum of rounded parts of rounded products
 
 
@@ -118,12 +120,14 @@ class Took:
 def slowest_ms(*runs: Callable[[], object]) -> list[Took]:
     """Medians of each, the runs taking turns: a GPU under power slows down by a tenth within 0.1 s.
 
-    Before each one the ranks meet on the device, so that none is charged for another's lag.
+    Before each one the ranks meet on the device, so that none is charged for another's lag, and the device is kept
+    waiting, so that none is charged for its host's.
     """
     meet = torch.zeros(1, device="cuda")
     events, hosts = [], []
     for _ in range(WARMUP + REPEATS):
         for run in runs:
+            torch.cuda._sleep(HEAD_START)
             dist.all_reduce(meet)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
