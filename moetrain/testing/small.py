@@ -1,4 +1,4 @@
-"""A model small enough for fp64 proofs that still has every feature on, and documents that pack unevenly."""
+"""Overrides of small models, for proofs in fp64 and for runs of many steps, and documents that pack unevenly."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ SMALL_MODEL = [
     "balance=[switch,z_loss,bias]",
     "balance.switch.coefficient=0.1",
     "balance.bias.rate=0.01",
+]
+
+# The quick start, as small as it trains: for runs that are killed, saved, and resumed, where time is what counts.
+TINY_RUN = [
+    "experiment=quickstart",
+    "model.n_layers=2",
+    "model.d_model=16",
+    "model.attention.head_dim=8",
+    "model.attention.n_heads=2",
+    "model.attention.n_kv_heads=1",
+    "model.moe.d_expert=8",
+    "train.seq_len=16",
+    "train.global_batch=4",
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.testing import RankFailure, run_ranks
+from moetrain.testing.small import TINY_RUN
 from moetrain.testing.trajectory import whole
 from moetrain.trainer import Trainer
 
@@ -18,15 +19,7 @@ STEPS, EVERY = 200, 7
 # Clock and memory differ between any two runs; everything else is a pure function of configuration and step.
 NOT_COMPARED = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
 OVERRIDES = [
-    "experiment=quickstart",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.attention.head_dim=8",
-    "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1",
-    "model.moe.d_expert=8",
-    "train.seq_len=16",
-    "train.global_batch=4",
+    *TINY_RUN,
     "train.micro_batch=1",
     f"train.steps={STEPS}",
     "train.eval_every=50",

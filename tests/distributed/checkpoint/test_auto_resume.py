@@ -13,21 +13,14 @@ from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.moe.balance.bias import SelectionBias
 from moetrain.testing import RankFailure, run_ranks
+from moetrain.testing.small import TINY_RUN
 from moetrain.testing.trajectory import whole
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 NOT_COMPARED = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
 TINY = [
-    "experiment=quickstart",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.attention.head_dim=8",
-    "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1",
-    "model.moe.d_expert=8",
-    "train.seq_len=16",
-    "train.global_batch=4",
+    *TINY_RUN,
     "train.eval_every=0",
     "balance=[switch,bias]",
     "checkpoint.every=1",
