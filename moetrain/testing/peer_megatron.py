@@ -16,24 +16,21 @@ from __future__ import annotations
 
 import sys
 import time
-from types import SimpleNamespace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from moetrain.comm.start import start_distributed, stop_distributed
 from moetrain.config.compose import load_config
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch
-from moetrain.model.core import masked_attention
-from moetrain.moe.router.forced import forced_choice
-from moetrain.moe.types import TokenContext
+from moetrain.testing.megatron_parts import CausalAttention, complete, force
 from moetrain.testing.peer_transformers import append_row, open_loader
 
-VERSION = "0.16.1"
 BALANCE = {"sequence": "seq_aux_loss", "global_batch": "global_aux_loss"}  # our scopes, as Megatron names them
 
 
@@ -64,15 +61,12 @@ def build(config: Config, routing: str, dtype: torch.dtype = torch.bfloat16, ove
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
 
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             expert_model_parallel_size=dist.get_world_size(), create_gloo_process_groups=False
         )
-    adapter = SimpleNamespace(ops=SimpleNamespace(gmm=grouped_gemm))
-    grouped_gemm_util.grouped_gemm, grouped_gemm_util.ops = adapter, adapter.ops
-    moe_utils.te_general_gemm = None  # its router asks for this name, which 0.16.1 leaves undefined without TE
+    complete()
     theirs, shape = transformer_config(config, dtype), config.model
     layer = get_gpt_layer_local_spec(
         num_experts=shape.moe.n_experts,
@@ -116,7 +110,9 @@ def transformer_config(config: Config, dtype: torch.dtype) -> Any:
     shape, attention, moe = config.model, config.model.attention, config.model.moe
     plain = attention.kind == "gqa" and attention.rope.scaling == "none" and not attention.rope.interleaved
     if not plain or attention.qk_norm == "full" or moe.d_shared or moe.first_k_dense or moe.every != 1:
-        raise ValueError(f"model={shape.name}: the Megatron peer knows layers like those of qwen3_30b_a3b, mixtral_8x7b")
+        raise ValueError(
+            f"model={shape.name}: the Megatron peer knows layers like those of qwen3_30b_a3b, mixtral_8x7b"
+        )
     switch = config.balance.get("switch", {"scope": "sequence", "coefficient": 0.0})
     # Megatron divides its loss of the global batch by all ranks' tokens, and DDP the sum of the gradients by the ranks.
     again = dist.get_world_size() if switch["scope"] == "global_batch" else 1
@@ -179,8 +175,6 @@ def build_optimizer(model: Any) -> Any:
 
 def train_step(model: Any, optimizer: Any, batches: list[Batch]) -> tuple[float, float]:
     """One optimizer step over a rank's micro-batches; this rank's mean loss, and the norm of the whole gradient."""
-    from contextlib import nullcontext
-
     from megatron.core.distributed import finalize_model_grads
 
     model.zero_grad_buffer()
@@ -195,47 +189,6 @@ def train_step(model: Any, optimizer: Any, batches: list[Batch]) -> tuple[float,
     finalize_model_grads([model])
     _, norm, _ = optimizer.step()
     return float(total), norm
-
-
-def grouped_gemm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
-    """grouped_gemm.ops.gmm by torch: rows a [N, K], of which b [E, K, M]'s expert e multiplies batch_sizes[e]."""
-    end_E = batch_sizes.cumsum(0).to(torch.int32).to(a.device, non_blocking=True)
-    return F.grouped_mm(a, b.transpose(-2, -1) if trans_b else b, offs=end_E)
-
-
-class CausalAttention(nn.Module):
-    """Megatron's core attention by SDPA, without its mask of S x S: q [S, B, H, d], k and v [S, B, G, d] -> [S, B, H d]."""
-
-    def __init__(self, config: Any, **_: Any) -> None:
-        super().__init__()
-        self.scale = config.kv_channels**-0.5
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any) -> Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return masked_attention(q, k, v, None, self.scale).permute(2, 0, 1, 3).flatten(2)
-
-
-def force(model: nn.Module, routing: str, k: int) -> None:
-    """Replace every router's choice by the forced one, for the tokens and positions of this forward."""
-    held: dict[str, TokenContext] = {}
-
-    def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        token_BS = args[0]
-        position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
-        held["context"] = TokenContext(token_BS, position_BS, torch.zeros_like(token_BS), None)  # type: ignore[arg-type]
-
-    def routed(logit_SBE: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
-        rows, columns = logit_SBE.shape[1], logit_SBE.shape[0]
-        index_TK = forced_choice(held["context"], logit_SBE.transpose(0, 1).flatten(0, 1), k, routing, 0.6)
-        index_TK = index_TK.view(rows, columns, k).transpose(0, 1).flatten(0, 1)  # Megatron's tokens: row after row
-        logit_TE = logit_SBE.flatten(0, 1)
-        gate_TK = logit_TE.gather(-1, index_TK).softmax(-1)
-        gate_TE = torch.zeros_like(logit_TE).scatter(1, index_TK, gate_TK)
-        return gate_TE, torch.zeros_like(logit_TE, dtype=torch.bool).scatter(1, index_TK, True)
-
-    model.register_forward_pre_hook(remember, with_kwargs=True)
-    for layer in model.decoder.layers:
-        layer.mlp.router.routing = routed
 
 
 if __name__ == "__main__":
