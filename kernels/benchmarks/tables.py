@@ -35,14 +35,8 @@ TABLES: dict[str, configs.Config | None] = {
     "chosen": None,
     "hopper": configs.HOPPER,
     "few rows": configs.HOPPER_FEW_ROWS,
-    "ring s4x2": ring(stages=4, cols=64, bufs=2),
-    "ring s3x5": ring(stages=3, cols=64, bufs=5),
+    "ring": configs.RING,
     "ring s3x2": ring(stages=3, cols=128, bufs=2),
-    "unfused": ring(fuse=False),
-    "counter": ring(dynamic=True),
-    "lead": ring(lead=True),
-    "counter lead": ring(dynamic=True, lead=True),
-    "counter lead s3x2": ring(dynamic=True, lead=True, stages=3, cols=128, bufs=2),
 }
 
 

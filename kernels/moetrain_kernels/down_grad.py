@@ -25,7 +25,7 @@ def down_grad(
     Rows past the plan's total are zero up to TAIL_ROWS, and undefined from there. out: where dh and gate * a go.
     """
     dh_R2F, a_RF = out or (torch.empty_like(h_R2F), h_R2F.new_empty(h_R2F.shape[0], h_R2F.shape[1] // 2))
-    if isinstance(tiles, Ring) and tiles.fuse:
+    if isinstance(tiles, Ring):
         part_RP = down_grad_ws(dy_TD, gate_TK, plan, w_down_EDF, h_R2F, tiles, dh_R2F, a_RF)
         return dh_R2F, a_RF, part_RP
     b_RF = grouped_gemm(dy_TD, plan, w_down_EDF, tiles, transposed=True, gather=True, out_RN=a_RF)

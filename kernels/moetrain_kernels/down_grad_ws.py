@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from .gemm_ws import locate
 from .launch import Launcher, Ring, cdiv
-from .plan import RowPlan
+from .plan import COUNTERS, RowPlan
 from .swiglu_grad import TAIL_ROWS
 from .ws import (
     HALF,
@@ -52,7 +52,6 @@ def _produce(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    DYNAMIC: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (F + BN - 1) // BN
     BM: gl.constexpr = 2 * HALF
@@ -75,7 +74,7 @@ def _produce(
             async_copy.async_copy_global_to_shared(dy_ring.index(stage), at + k * BK)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
-            if DYNAMIC and k == D // BK // 2:  # the ring is full by now, which hides the counter's latency
+            if k == D // BK // 2:  # the ring is full by now, which hides the counter's latency
                 following = take(counter, num_m * N_TILES, P)
         for i in range(BN // BK):  # H follows as if it were operands: its latency is hidden as theirs is
             mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -113,7 +112,6 @@ def _consume(
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (F + BN - 1) // BN
     K_TILES: gl.constexpr = D // BK
@@ -124,8 +122,6 @@ def _consume(
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     round = 0
     n, row, end = hear(box, told, heard, round)
-    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
-        mbarrier.wait(full.index(STAGES - 1), 0, pred=end > 0)
     while end > 0:
         row += part * HALF
         if row < end:
@@ -207,9 +203,7 @@ def down_grad_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
     COUNTER: gl.constexpr,
-    DYNAMIC: gl.constexpr,
     TAIL: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
@@ -234,12 +228,12 @@ def down_grad_ws_kernel(
     gl.warp_specialize(
         [
             (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, box, told, heard, dy_halves, w_ring, w_halves,
-                        dy_view, w_view, full, empty, 0, F, D, BN, BK, STAGES, LEAD)),
+                        dy_view, w_view, full, empty, 0, F, D, BN, BK, STAGES)),
             (_consume, (dh_desc, a_desc, gate_S, part_ptr, slot_R, box, told, heard, dy_halves, w_ring, w_halves,
-                        dy_view, w_view, full, empty, 1, F, D, BN, BK, STAGES, LEAD)),
+                        dy_view, w_view, full, empty, 1, F, D, BN, BK, STAGES)),
             (_produce, (dy_ptr, w_desc, h_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard,
                         dy_ring, w_ring, up_ring, full, empty,
-                        F, D, K, BN, BK, GROUP, P, STAGES, DYNAMIC)),
+                        F, D, K, BN, BK, GROUP, P, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -289,9 +283,7 @@ def down_grad_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
-        "LEAD": ring.lead,
-        "COUNTER": 4,
-        "DYNAMIC": ring.dynamic,
+        "COUNTER": COUNTERS["down_grad"],
         "TAIL": TAIL_ROWS,
         "PRODUCER_REGS": 72,
         "CONSUMER_REGS": 216,

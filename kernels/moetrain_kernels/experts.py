@@ -147,8 +147,8 @@ def moe_experts(
     x [T, D]; expert [T, K] local ids, anything outside [0, E) marks an unused slot (no output, zero gate gradient);
     gate [T, K] any floating dtype; w_gate_up [E, 2, F, D] (gate, then up); w_down [E, D, F]; y [T, D] in x's dtype.
     Differentiable once in x, gate and both weights. Nothing waits for the device. `max_rows` bounds the active slots
-    and so the buffers (default T*K); slots past a bound that is too small are dropped. No kernel uses atomics, so
-    results always repeat bit for bit.
+    and so the buffers (default T*K); slots past a bound that is too small are dropped. Atomics do nothing but
+    count, so results always repeat bit for bit.
     """
     check(x_TD, expert_TK, gate_TK, w_gate_up_E2FD, w_down_EDF, max_rows)
     if expert_TK.dtype not in (torch.int32, torch.int64):

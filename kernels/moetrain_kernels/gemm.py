@@ -98,7 +98,8 @@ def grouped_gemm(
     if out_RN is None:
         out_RN = a.new_empty(plan.max_rows, num_n)
     if isinstance(tiles, Ring):
-        rows_ws(a, plan, w_E, (out_RN.view(-1, 1, num_n),), tiles, transposed=transposed, gather=gather)
+        assert not gather  # only down_grad gathers, and has a kernel of its own there
+        rows_ws(a, plan, w_E, (out_RN.view(-1, 1, num_n),), tiles, transposed=transposed)
         return out_RN
     w_rows = w_E.view(-1, w_E.shape[2])
     w_block = (tiles.bk, tiles.bn) if transposed else (tiles.bn, tiles.bk)

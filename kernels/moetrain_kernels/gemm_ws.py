@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from .launch import Launcher, Ring, cdiv
-from .plan import RowPlan
+from .plan import COUNTERS, RowPlan
 from .ws import (
     HALF,
     column_part,
@@ -57,19 +57,17 @@ def _produce(
     K: gl.constexpr,
     UP: gl.constexpr,
     W_NC: gl.constexpr,
-    GATHER: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    DYNAMIC: gl.constexpr,
 ):
     N_TILES: gl.constexpr = (N + BN - 1) // BN
     K_TILES: gl.constexpr = (C + BK - 1) // BK
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
-    BYTES: gl.constexpr = WIDTH * BK * 2 if GATHER else (WIDTH + BM) * BK * 2
+    BYTES: gl.constexpr = WIDTH * BK * 2 if UP else (WIDTH + BM) * BK * 2
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile, round = gl.program_id(0), 0
@@ -77,7 +75,7 @@ def _produce(
         n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         tell(box, told, heard, round, n, row, end)
         following = tile + P
-        if GATHER:
+        if UP:
             rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
             token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
             cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
@@ -94,13 +92,13 @@ def _produce(
                 tma.async_copy_global_to_shared(w_desc, [expert * N + n * BN, k * BK], ready, w_ring.index(stage))
             else:
                 tma.async_copy_global_to_shared(w_desc, [expert * C + k * BK, n * BN], ready, w_ring.index(stage))
-            if GATHER:
+            if UP:
                 async_copy.async_copy_global_to_shared(a_ring.index(stage), at + k * BK)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
             else:
                 tma.async_copy_global_to_shared(a_desc, [row, k * BK], ready, a_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
-            if DYNAMIC and k == K_TILES // 2:  # the ring is full by now, which hides the counter's latency
+            if k == K_TILES // 2:  # the ring is full by now, which hides the counter's latency
                 following = take(counter, num_m * N_TILES, P)
         tile, round = following, round + 1
     tell(box, told, heard, round, 0, 0, 0)
@@ -124,13 +122,11 @@ def _consume(
     C: gl.constexpr,
     UP: gl.constexpr,
     W_NC: gl.constexpr,
-    GATHER: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
 ):
     K_TILES: gl.constexpr = (C + BK - 1) // BK
     WIDTH: gl.constexpr = 2 * BN if UP else BN
@@ -141,14 +137,12 @@ def _consume(
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     round = 0
     n, row, end = hear(box, told, heard, round)
-    if part == 1 and LEAD and K_TILES >= STAGES:  # out of step with consumer 0 from the start
-        mbarrier.wait(full.index(STAGES - 1), 0, pred=end > 0)
     while end > 0:
         row += part * HALF
         if row < end:
             acc = gl.zeros([HALF, WIDTH], gl.float32, ACC)
             acc, stage, phase = multiply(
-                a_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, W_NC, GATHER, STAGES
+                a_halves, w_ring, full, empty, acc, stage, phase, K_TILES, part, False, W_NC, UP, STAGES
             )
             if UP:
                 gates, ups = halves(acc, HALF, WIDTH)
@@ -189,7 +183,6 @@ def rows_ws_kernel(
     K: gl.constexpr,
     UP: gl.constexpr,
     W_NC: gl.constexpr,
-    GATHER: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     COLS: gl.constexpr,
@@ -197,17 +190,15 @@ def rows_ws_kernel(
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
     COUNTER: gl.constexpr,
-    DYNAMIC: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
-    """out[row, N] = a[row, C] times the expert's matrix, stored [N, C] (W_NC) or [C, N]; with UP (and W_NC) as gate and
-    up matrices [2, N, C], when out is [rows, 2, N] and act = silu(gate) * up goes to act_desc.
+    """out[row, N] = a[row, C] times the expert's matrix, stored [N, C] (W_NC) or [C, N].
 
-    With GATHER, a is in token order and a[token of row] is meant. Row tiles have 128 rows; a tile with at most 64
-    rows in use costs one warpgroup's work only.
+    With UP (and W_NC) the matrices are gate and up, [2, N, C]; a is in token order and a[token of row] is meant; out is
+    [rows, 2, N], and act = silu(gate) * up goes to act_desc. Row tiles have 128 rows; a tile with at most 64 rows in
+    use costs one warpgroup's work only.
     """
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
@@ -215,7 +206,7 @@ def rows_ws_kernel(
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     num_m = gl.load(sizes_6)
     box, told, heard = make_box()
-    full, empty = make_barriers(STAGES, 1 + 128 if GATHER else 1)
+    full, empty = make_barriers(STAGES, 1 + 128 if UP else 1)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], FLAT)
     a_halves = a_ring._reinterpret(dtype, [2 * STAGES, HALF, BK], FLAT)
     if not W_NC:
@@ -232,14 +223,14 @@ def rows_ws_kernel(
     gl.warp_specialize(
         [
             (_consume, (out_desc, act_desc, box, told, heard, a_halves, w_ring, full, empty, staging, view, 0,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
+                        N, C, UP, W_NC, BN, BK, COLS, BUFS, STAGES)),
             (_consume, (out_desc, act_desc, box, told, heard, a_halves, w_ring, full, empty, staging, view, 1,
-                        N, C, UP, W_NC, GATHER, BN, BK, COLS, BUFS, STAGES, LEAD)),
+                        N, C, UP, W_NC, BN, BK, COLS, BUFS, STAGES)),
             (_produce, (a_desc, a_ptr, w_desc, slot_R, tiles_M3, num_m, sizes_6 + COUNTER, box, told, heard,
                         a_ring, w_target, full, empty,
-                        N, C, K, UP, W_NC, GATHER, BN, BK, GROUP, P, STAGES, DYNAMIC)),
+                        N, C, K, UP, W_NC, BN, BK, GROUP, P, STAGES)),
         ],
-        [4, 4 if GATHER else 1],
+        [4, 4 if UP else 1],
         [CONSUMER_REGS, PRODUCER_REGS],
     )
     # fmt: on
@@ -256,18 +247,17 @@ def rows_ws(
     ring: Ring,
     up: bool = False,
     transposed: bool = False,
-    gather: bool = False,
 ) -> None:
     """Fill `outs`: (h [R, 2, N], act [R, 1, N]) if `up`, otherwise (out [R, 1, N],).
 
-    `a` is [R, C] in row order, or [T, C] in token order if `gather` (C then a multiple of 64); `w` is [E, 2, N, C] if
-    `up`, [E, C, N] if `transposed`, else [E, N, C].
+    `a` is [R, C] in row order, or [T, C] in token order if `up` (C then a multiple of 64); `w` is [E, 2, N, C] if `up`,
+    [E, C, N] if `transposed`, else [E, N, C]. A plan serves one product of each kind, repeated as often as one likes.
     """
     num_n, num_c = (w.shape[-1], w.shape[-2]) if transposed else (w.shape[-2], w.shape[-1])
     out_descs = [ragged_desc(out, (64, ring.cols)) for out in outs]
     p = max(1, min(ring.sms, plan.tiles_M3.shape[0] * cdiv(num_n, ring.bn)))
     args = (
-        a if gather else ring_desc(a, (128, ring.bk)),
+        a if up else ring_desc(a, (128, ring.bk)),
         a,
         ring_desc(w.view(-1, w.shape[-1]), (ring.bk, ring.bn) if transposed else (ring.bn, ring.bk)),
         out_descs[0],
@@ -282,7 +272,6 @@ def rows_ws(
         "K": plan.top_k,
         "UP": up,
         "W_NC": not transposed,
-        "GATHER": gather,
         "BN": ring.bn,
         "BK": ring.bk,
         "COLS": ring.cols,
@@ -290,10 +279,8 @@ def rows_ws(
         "GROUP": ring.group,
         "P": p,
         "STAGES": ring.stages,
-        "LEAD": ring.lead,
-        "COUNTER": 2 if up else 5 if transposed else 3,
-        "DYNAMIC": ring.dynamic,
-        "PRODUCER_REGS": 72 if gather else 24,
-        "CONSUMER_REGS": 216 if gather else 240,
+        "COUNTER": COUNTERS["up" if up else "dx" if transposed else "down"],
+        "PRODUCER_REGS": 72 if up else 24,
+        "CONSUMER_REGS": 216 if up else 240,
     }
     launch_rows((p, 1, 1), args, constants, num_warps=4, maxnreg=168)

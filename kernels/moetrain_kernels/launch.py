@@ -34,9 +34,7 @@ class Tiles:
 class Ring:
     """Blocks of a warp-specialised Hopper kernel: output tiles of 128 x `bn` (for the up kernel bn counts gate columns)
     and reduction steps of `bk`, in a ring of `stages`; each consumer stores `cols` columns at a time through `bufs`
-    staging buffers. `gather_left`: which side of a weight gradient's tile is gathered. `fuse`: down_grad with the
-    backward of SwiGLU in its epilogue. `dynamic`: row tiles from a counter on the device. `lead`: the second consumer
-    starts when the ring is full, so that the two store at different times."""
+    staging buffers. `gather_left`: which side of a weight gradient's tile is gathered."""
 
     bn: int = 256
     stages: int = 4
@@ -45,9 +43,6 @@ class Ring:
     group: int = 8
     gather_left: bool = True
     bk: int = 64
-    fuse: bool = True
-    lead: bool = False
-    dynamic: bool = False
     sms: int = 1
 
     @property

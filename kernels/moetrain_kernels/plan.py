@@ -17,6 +17,7 @@ from .launch import Launcher, cdiv, power_of_2
 
 BLOCK_SLOTS = 128
 TABLE_ROWS = 32
+COUNTERS = {"up": 2, "down": 3, "down_grad": 4, "dx": 5}  # the entry of sizes_6 that a ring kernel draws its tiles from
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RowPlan:
     row_TK [T, K]            slot -> row, -1 if the slot has none
     tiles_M3 [max_tiles, 3]  (expert, first row, end row of the expert) of each row tile
     spans_E3 [E, 3]          (expert, first row, end row), experts with most rows first
-    sizes_6 [6]              (row tiles, rows) in use, then the tile counters of four kernels (see ws.take)
+    sizes_6 [6]              (row tiles, rows) in use, then the four COUNTERS (see ws.take)
     """
 
     slot_R: torch.Tensor

@@ -111,7 +111,7 @@ def up_swiglu(
     a_RF = x_TD.new_empty(plan.max_rows, num_f)
     if isinstance(tiles, Ring):
         outs = (h_R2F.view(-1, 2, num_f), a_RF.view(-1, 1, num_f))
-        rows_ws(x_TD, plan, w_gate_up_E2FD, outs, tiles, up=True, gather=True)
+        rows_ws(x_TD, plan, w_gate_up_E2FD, outs, tiles, up=True)
         return h_R2F, a_RF
     w_desc = block_desc(w_gate_up_E2FD.view(2 * num_experts, num_f, num_d), (2, tiles.bn, tiles.bk), tiles.tma)
     h_desc = block_desc(h_R2F.view(-1, 2, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)

@@ -161,7 +161,6 @@ def _consume(
     P: gl.constexpr,
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
 ):
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     PARTS: gl.constexpr = BN // COLS
@@ -174,8 +173,6 @@ def _consume(
             row, end = rows_of(at, piece)
             steps += (end - row + BK - 1) // BK
         out_row = (2 * m + part) * HALF
-        if part == 1 and LEAD:  # out of step with consumer 0 from the start
-            mbarrier.wait(full.index(STAGES - 1), 0, pred=(turn == 0) & (steps >= STAGES))
         if out_row < M:
             acc = gl.zeros([HALF, BN], gl.float32, ACC)
             acc, stage, phase = multiply(
@@ -221,7 +218,6 @@ def weight_grad_ws_kernel(
     P: gl.constexpr,
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -247,9 +243,9 @@ def weight_grad_ws_kernel(
     gl.warp_specialize(
         [
             (_consume, (out_desc, spans_E, left_halves, right, full, empty, staging, view, turns, 0,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES, LEAD)),
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES)),
             (_consume, (out_desc, spans_E, left_halves, right, full, empty, staging, view, turns, 1,
-                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES, LEAD)),
+                        M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES)),
             (_produce, (x_ptr, r_desc, slot_R, spans_E, bases_P4, left, right, full, empty, turns,
                         M, N, K, GATHER_LEFT, BN, BK, GROUP, P, PIECES, STAGES)),
         ],
@@ -292,7 +288,6 @@ def weight_grad_ws(
         "P": p,
         "PIECES": rows.pieces,
         "STAGES": ring.stages,
-        "LEAD": ring.lead,
         "PRODUCER_REGS": 72 if ring.gather_left else 88,
         "CONSUMER_REGS": 216 if ring.gather_left else 208,
     }

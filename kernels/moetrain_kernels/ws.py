@@ -93,7 +93,8 @@ def take(counter, tiles, P: gl.constexpr):
     """The next tile of a launch of P programs, `tiles` or more if none is left; the first P tiles are given by number.
 
     A launch draws exactly `tiles` tickets, one of them in vain for each program that had a tile, so the counter is a
-    multiple of `tiles` when the next launch begins and need not be reset.
+    multiple of `tiles` when the next launch begins and need not be reset. Launches on one counter must have the same
+    `tiles` and must not overlap in time; P may differ.
     """
     return P + gl.atomic_add(counter, 1, sem="relaxed") % tiles
 

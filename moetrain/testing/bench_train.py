@@ -1,11 +1,11 @@
-"""Training throughput of whole models beside transformers + FSDP2, in one run: scripts/bench_train.sh.
+"""Training throughput of whole models beside transformers and Megatron-Core, in one run: scripts/bench_train.sh.
 
     python -m moetrain.testing.bench_train [--dry-run] [--gpus N] [--steps 12] [--natural-steps 500] [--only WORDS]
 
 Shapes: configs/experiment/bench_*.yaml, 4 sequences of 4096 tokens a GPU. Routing: forced balanced, forced by Zipf's
 law (exponent 0.6), and natural, which is measured after --natural-steps of training with the model's own balance loss.
 A row's speed is the median of the last half of its steps. TFLOP/s counts active parameters (plan/params.py); `matmul`
-is what an 8192^3 bf16 product reaches on this machine in the same run.
+is what an 8192^3 bf16 product reaches on this machine in the same run. A peer that is not installed is absent.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -28,7 +29,12 @@ from moetrain.plan.params import flops_per_token
 
 SHAPES = ("bench_qwen3_12l", "bench_mixtral_4l")
 ROUTINGS = ("balanced", "zipf", "natural")
-STACKS = ("moetrain", "transformers + FSDP2")
+MEGATRON = "Megatron-Core 0.16.1"  # the version that peer_megatron is written for
+STACKS = {  # what trains each, after torchrun's options
+    "moetrain": "moetrain.testing.bench_ours",
+    "transformers + FSDP2": "moetrain.testing.peer_transformers",
+    MEGATRON: "moetrain.testing.peer_megatron",
+}
 SEQUENCES = 4  # a GPU and step
 EVEN_FIT = {"bench_qwen3_12l": 4, "bench_mixtral_4l": 2}  # layers whose optimizer state one GPU of 140 GB holds
 
@@ -54,12 +60,25 @@ class Case:
         """The torchrun command that leaves rows like those of metrics.jsonl in `out`/metrics.jsonl."""
         run = ["torchrun", "--standalone", f"--nproc-per-node={self.gpus}", "-m"]
         to = [str(out / "metrics.jsonl"), str(self.steps)]
-        if self.stack != "moetrain":
-            return [*run, "moetrain.testing.peer_transformers", *to, self.routing, *self.overrides]
-        routed = ["router=forced", f"router.distribution={self.routing}"]
-        if self.routing == "natural":
-            routed = [f"balance={BALANCE[self.shape]}"]
-        return [*run, "moetrain.testing.bench_ours", *to, *self.overrides, f"parallel.ep={self.gpus}", *routed]
+        program = [*run, STACKS[self.stack], *to]
+        balance = [f"balance={BALANCE[self.shape]}"] if self.routing == "natural" else []
+        if self.stack == "moetrain":
+            routed = balance or ["router=forced", f"router.distribution={self.routing}"]
+            return [*program, *self.overrides, f"parallel.ep={self.gpus}", *routed]
+        # Without expert parallelism an uneven load costs little, so transformers needs no balance loss.
+        return [*program, self.routing, *self.overrides, *(balance if self.stack == MEGATRON else [])]
+
+    @property
+    def absent(self) -> str:
+        """Why this row cannot be had here; empty if it can."""
+        if self.stack != MEGATRON:
+            return ""
+        wanted = MEGATRON.split()[1]
+        try:
+            found = metadata.version("megatron-core")
+        except metadata.PackageNotFoundError:
+            return f"megatron-core {wanted} is not installed"
+        return "" if found == wanted else f"megatron-core {found} is installed, not {wanted}"
 
 
 def cases(gpus: int, steps: int, natural_steps: int) -> list[Case]:
@@ -85,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     every = cases(gpus, options.steps, options.natural_steps)
     rows = [case for case in every if options.only in f"{case.shape} {case.routing} {case.stack}"]
     if options.dry_run:
-        print("\n".join(" ".join(case.command(Path("OUT"))) for case in rows))
+        for case in rows:
+            print(*case.command(Path("OUT")), *([f"# absent: {case.absent}"] if case.absent else []))
         return 0
     if not torch.cuda.device_count():
         print("bench_train: no GPU here; --dry-run prints the plan", file=sys.stderr)
@@ -104,12 +124,15 @@ def measure(case: Case, rate: float) -> int:
     config = load_config(case.overrides)
     model, seq_len = config.model, config.train.seq_len
     label = f"| {model.name} | {model.n_layers} | {case.routing} | {case.stack}"
+    if case.absent:
+        print(f"{label} | absent: {case.absent} ||||", flush=True)
+        return 0
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
         environment = {**os.environ, "OMP_NUM_THREADS": "4"}
         done = subprocess.run(case.command(out), stderr=subprocess.PIPE, stdout=sys.stderr, text=True, env=environment)
         if done.returncode:
-            print(f"{label} | FAILED |||||", flush=True)
+            print(f"{label} | FAILED ||||", flush=True)
             print(done.stderr[-3000:], file=sys.stderr)
             return 1
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -37,14 +37,14 @@ def main(out: str, steps: int, routing: str, overrides: list[str]) -> None:
     try:
         model = build(config, routing, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        loader = _loader(config)
+        loader = open_loader(config)
         start = time.perf_counter()
         for step in range(1, steps + 1):
             loss = _step(model, optimizer, loader, device)
             now = time.perf_counter()  # the loss was read, so the step is finished up to its optimizer
             if dist.get_rank() == 0:
                 tokens = config.train.global_batch * config.train.seq_len
-                _append(out, step, loss, tokens / (now - start) / dist.get_world_size(), device)
+                append_row(out, step, loss, tokens / (now - start) / dist.get_world_size(), device)
             start = now
         loader.close()
     finally:
@@ -97,7 +97,7 @@ def force(model: nn.Module, routing: str, k: int) -> None:
         router.register_forward_hook(choose_forced)
 
 
-def _loader(config: Config) -> Loader:
+def open_loader(config: Config) -> Loader:
     world, train = dist.get_world_size(), config.train
     return Loader(
         config.data,
@@ -125,7 +125,7 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, loader: Loader, device: 
     return float(total)
 
 
-def _append(out: str, step: int, loss: float, speed: float, device: torch.device) -> None:
+def append_row(out: str, step: int, loss: float, speed: float, device: torch.device) -> None:
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     row = {"step": step, "loss": loss, "tokens_per_s_per_gpu": speed, "peak_memory_gb": peak}
     with open(out, "a", encoding="utf-8") as file:

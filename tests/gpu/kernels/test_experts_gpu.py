@@ -18,6 +18,7 @@ SHAPES = [
     (6000, 320, 264, 8, 2),
     (4096, 2048, 768, 96, 1),
 ]
+ROUTINGS = ["uniform", "one", "holes"]
 LIMIT = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 
 
@@ -60,7 +61,7 @@ def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("routing", ["uniform", "one", "holes"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_fp64(shape, dtype, routing):
@@ -113,6 +114,44 @@ def test_every_backward_pass_of_one_forward_gets_all_tiles():
         poison()
         again = torch.autograd.grad(y, (x, gate, w_up, w_down), dy, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_layers_in_turn_and_backward_passes_from_another_stream():
+    """A plan's counters serve one launch at a time: autograd runs every backward pass where the forward pass ran."""
+    problems = [make((6000, 1024, 512, 16, 4), torch.bfloat16, routing, seed) for seed, routing in enumerate(ROUTINGS)]
+    alone = [run(moe_experts, *problem)[1:] for problem in problems]
+    layers = []
+    for leaves, expert, dy in problems:
+        x, gate, w_up, w_down = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+        layers.append((moe_experts(x, expert, gate, w_up, w_down), (x, gate, w_up, w_down), dy))
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(3)], []
+    for i in (2, 1, 1, 0, 2, 0, 1):
+        with torch.cuda.stream(streams[len(found) % 3]):
+            found.append((i, torch.autograd.grad(*layers[i], retain_graph=True)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for i, grads in found for a, b in zip(grads, alone[i]))
+
+
+def test_graphs_of_a_step_and_of_its_backward_pass_alone():
+    """The first sets the counters to zero whenever it is replayed, the second never."""
+    leaves, expert, dy = make((6000, 1024, 512, 16, 4), torch.bfloat16, "holes")
+    want = run(moe_experts, leaves, expert, dy)
+    side, graphs = torch.cuda.Stream(), [torch.cuda.CUDAGraph() for _ in range(2)]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        x, gate, w_up, w_down = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+        y = moe_experts(x, expert, gate, w_up, w_down)
+    with torch.cuda.graph(graphs[0], stream=side, capture_error_mode="thread_local"):
+        step = run(moe_experts, leaves, expert, dy)
+    with torch.cuda.graph(graphs[1], stream=side, capture_error_mode="thread_local"):
+        grads = torch.autograd.grad(y, (x, gate, w_up, w_down), dy, retain_graph=True)
+    for _ in range(3):
+        for tensor in (*step, *grads):
+            tensor.fill_(float("nan"))
+        for graph in graphs:
+            graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip((*step, *grads), (*want, *want[1:])))
 
 
 def test_no_host_synchronisation():
