@@ -12,7 +12,9 @@ from .swiglu_grad import TAIL_ROWS
 from .ws import (
     HALF,
     column_part,
+    gathered,
     hear,
+    logistic,
     make_barriers,
     make_box,
     multiply,
@@ -55,17 +57,13 @@ def _produce(
 ):
     N_TILES: gl.constexpr = (F + BN - 1) // BN
     BM: gl.constexpr = 2 * HALF
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile, round = gl.program_id(0), 0
     while tile < num_m * N_TILES:
         n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         tell(box, told, heard, round, n, row, end)
         following = tile + P
-        rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
-        token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
-        cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
-        at = dy_ptr + token.to(gl.int64)[:, None] * D + cols[None, :]
+        at = gathered(dy_ptr, slot_R, row, end, D, K, BK)
         for k in range(D // BK):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
@@ -139,10 +137,7 @@ def _consume(
                 g = gate_at.load(PART).to(gl.float32)
                 u = up_at.load(PART).to(gl.float32)
                 b = gl.convert_layout(column_part(acc, i, PARTS, HALF, BN), PART)
-                half_tanh = gl.inline_asm_elementwise(
-                    "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * g], dtype=gl.float32, is_pure=True, pack=1
-                )
-                s = 0.5 * half_tanh + 0.5
+                s = logistic(g)
                 silu = g * s
                 act = silu * u
                 dgate += gl.sum(b * act, axis=1)

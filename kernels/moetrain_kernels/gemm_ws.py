@@ -10,8 +10,10 @@ from .plan import COUNTERS, RowPlan
 from .ws import (
     HALF,
     column_part,
+    gathered,
     halves,
     hear,
+    logistic,
     make_barriers,
     make_box,
     multiply,
@@ -68,7 +70,6 @@ def _produce(
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     BYTES: gl.constexpr = WIDTH * BK * 2 if UP else (WIDTH + BM) * BK * 2
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile, round = gl.program_id(0), 0
     while tile < num_m * N_TILES:
@@ -76,10 +77,7 @@ def _produce(
         tell(box, told, heard, round, n, row, end)
         following = tile + P
         if UP:
-            rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
-            token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
-            cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
-            at = a_ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
+            at = gathered(a_ptr, slot_R, row, end, C, K, BK)
         for k in range(K_TILES):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
@@ -152,10 +150,7 @@ def _consume(
                     col = n * BN + i * COLS
                     turn = put_rows(out_desc, gate.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
                     turn = put_rows(out_desc, up.to(dtype), staging, view, BASE, turn, row, end, 1, col, BUFS)
-                    half_tanh = gl.inline_asm_elementwise(
-                        "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * gate], dtype=gl.float32, is_pure=True, pack=1
-                    )
-                    act = gate * (0.5 * half_tanh + 0.5) * up
+                    act = gate * logistic(gate) * up
                     turn = put_rows(act_desc, act.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
             else:
                 for i in gl.static_range(PARTS):
