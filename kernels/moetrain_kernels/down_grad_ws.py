@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from .gemm_ws import locate
-from .launch import Launcher, Ring, cdiv
+from .launch import Launcher, Ring, cdiv, launch_ring
 from .plan import COUNTERS, RowPlan
 from .swiglu_grad import TAIL_ROWS
 from .ws import (
@@ -193,13 +193,13 @@ def down_grad_ws_kernel(
     F: gl.constexpr,
     D: gl.constexpr,
     K: gl.constexpr,
+    COUNTER: gl.constexpr,
+    TAIL: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    COUNTER: gl.constexpr,
-    TAIL: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -253,7 +253,6 @@ def down_grad_ws(
     rows, (_, num_d, num_f) = plan.max_rows, w_down_EDF.shape
     num_n = cdiv(num_f, ring.bn)
     part_RP = torch.empty(rows, num_n, dtype=torch.float32, device=h_R2F.device)
-    p = max(1, min(ring.sms, plan.tiles_M3.shape[0] * num_n))
     args = (
         dy_TD,
         ring_desc(w_down_EDF.view(-1, num_f), (ring.bk, ring.bn)),
@@ -269,19 +268,6 @@ def down_grad_ws(
         plan.sizes_6,
         rows,
     )
-    constants = {
-        "F": num_f,
-        "D": num_d,
-        "K": plan.top_k,
-        "BN": ring.bn,
-        "BK": ring.bk,
-        "GROUP": ring.group,
-        "P": p,
-        "STAGES": ring.stages,
-        "COUNTER": COUNTERS["down_grad"],
-        "TAIL": TAIL_ROWS,
-        "PRODUCER_REGS": 72,
-        "CONSUMER_REGS": 216,
-    }
-    launch_down_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)
+    constants = {"F": num_f, "D": num_d, "K": plan.top_k, "COUNTER": COUNTERS["down_grad"], "TAIL": TAIL_ROWS}
+    launch_ring(launch_down_grad, ring, plan.tiles_M3.shape[0] * num_n, args, constants, (72, 216))
     return part_RP

@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .launch import Launcher, Ring, cdiv
+from .launch import Launcher, Ring, cdiv, launch_ring
 from .plan import COUNTERS, RowPlan
 from .ws import (
     HALF,
@@ -178,14 +178,14 @@ def rows_ws_kernel(
     K: gl.constexpr,
     UP: gl.constexpr,
     W_NC: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
+    COUNTER: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    COUNTER: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -250,7 +250,7 @@ def rows_ws(
     """
     num_n, num_c = (w.shape[-1], w.shape[-2]) if transposed else (w.shape[-2], w.shape[-1])
     out_descs = [ragged_desc(out, (64, ring.cols)) for out in outs]
-    p = max(1, min(ring.sms, plan.tiles_M3.shape[0] * cdiv(num_n, ring.bn)))
+    num_tiles = plan.tiles_M3.shape[0] * cdiv(num_n, ring.bn)
     args = (
         a if up else ring_desc(a, (128, ring.bk)),
         a,
@@ -267,15 +267,8 @@ def rows_ws(
         "K": plan.top_k,
         "UP": up,
         "W_NC": not transposed,
-        "BN": ring.bn,
-        "BK": ring.bk,
         "COLS": ring.cols,
         "BUFS": ring.bufs,
-        "GROUP": ring.group,
-        "P": p,
-        "STAGES": ring.stages,
         "COUNTER": COUNTERS["up" if up else "dx" if transposed else "down"],
-        "PRODUCER_REGS": 72 if up else 24,
-        "CONSUMER_REGS": 216 if up else 240,
     }
-    launch_rows((p, 1, 1), args, constants, num_warps=4, maxnreg=168)
+    launch_ring(launch_rows, ring, num_tiles, args, constants, (72, 216) if up else (24, 240))

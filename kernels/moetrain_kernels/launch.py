@@ -105,6 +105,20 @@ def programs(tiles: Tiles, num_tiles: int) -> int:
     return max(1, min(tiles.sms * tiles.per_sm, num_tiles))
 
 
+def launch_ring(
+    launch: Launcher, ring: Ring, num_tiles: int, args: tuple, constants: dict, registers: tuple[int, int]
+) -> None:
+    """Launch a warp-specialised kernel for at most `num_tiles` tiles; `registers` a thread of (producer, consumers).
+
+    `constants` come before the ring's own in the kernel's signature. Compiled for 168 registers, which three groups of
+    128 threads have; the partitions then share them anew.
+    """
+    p = max(1, min(ring.sms, num_tiles))
+    blocks = {"BN": ring.bn, "BK": ring.bk, "GROUP": ring.group, "P": p, "STAGES": ring.stages}
+    share = {"PRODUCER_REGS": registers[0], "CONSUMER_REGS": registers[1]}
+    launch((p, 1, 1), args, {**constants, **blocks, **share}, num_warps=4, maxnreg=168)
+
+
 def block_desc(tensor: torch.Tensor, block: tuple[int, ...], tma: bool) -> TensorDescriptor | torch.Tensor:
     """A TMA descriptor of a contiguous tensor, or the tensor itself where TMA is not used.
 

@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from .launch import Launcher, Ring, cdiv
+from .launch import Launcher, Ring, cdiv, launch_ring
 from .spans import WeightRows
 from .weight_tiles import count_turns, locate, rows_of
 from .ws import (
@@ -210,13 +210,13 @@ def weight_grad_ws_kernel(
     K: gl.constexpr,
     GATHER_LEFT: gl.constexpr,
     FLIP: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
+    PIECES: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
-    PIECES: gl.constexpr,
     STAGES: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
@@ -264,7 +264,7 @@ def weight_grad_ws(
     """Fill `out_E` [E, M, N], or [E, N, M] if `flip`: per expert the sum over its rows of outer(x[token], r[row])."""
     flip_tile = flip == ring.gather_left  # the tile's rows are x's columns if gather_left, else r's
     num_m, num_n = (x_TM.shape[1], r_RN.shape[1]) if ring.gather_left else (r_RN.shape[1], x_TM.shape[1])
-    p = max(1, min(ring.sms, out_E.shape[0] * cdiv(num_m, 128) * cdiv(num_n, ring.bn)))
+    num_tiles = out_E.shape[0] * cdiv(num_m, 128) * cdiv(num_n, ring.bn)
     args = (
         x_TM,
         ring_desc(r_RN, (ring.bk, ring.bn if ring.gather_left else 128)),
@@ -280,15 +280,9 @@ def weight_grad_ws(
         "K": rows.top_k,
         "GATHER_LEFT": ring.gather_left,
         "FLIP": flip_tile,
-        "BN": ring.bn,
-        "BK": ring.bk,
         "COLS": ring.cols,
         "BUFS": ring.bufs,
-        "GROUP": ring.group,
-        "P": p,
         "PIECES": rows.pieces,
-        "STAGES": ring.stages,
-        "PRODUCER_REGS": 72 if ring.gather_left else 88,
-        "CONSUMER_REGS": 216 if ring.gather_left else 208,
     }
-    launch_weight_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)
+    registers = (72, 216) if ring.gather_left else (88, 208)
+    launch_ring(launch_weight_grad, ring, num_tiles, args, constants, registers)
