@@ -3,7 +3,7 @@
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from .launch import Launcher, Ring, cdiv, launch_ring
 from .spans import WeightRows
@@ -14,9 +14,9 @@ from .ws import (
     make_barriers,
     multiply,
     next_stage,
-    next_turn,
     pass_over,
     ring_desc,
+    stage_out,
 )
 
 
@@ -180,17 +180,10 @@ def _consume(
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
-                tma.store_wait(BUFS - 1)
+                source, slot = stage_out(out, staging, view, part * BUFS, slot, FLIP, BUFS)
                 col = n * BN + i * COLS
-                if FLIP:
-                    staging.index(part * BUFS + slot).permute([1, 0]).store(out)
-                    where = [expert, col, out_row]
-                else:
-                    staging.index(part * BUFS + slot).store(out)
-                    where = [expert, out_row, col]
-                fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, where, view.index(part * BUFS + slot))
-                slot = next_turn(slot, BUFS)
+                where = [expert, col, out_row] if FLIP else [expert, out_row, col]
+                tma.async_copy_shared_to_global(out_desc, where, source)
         else:
             stage, phase = pass_over(full, empty, stage, phase, steps, STAGES)
     tma.store_wait(0)

@@ -201,20 +201,29 @@ def store_rows(desc, source, row, end, half, col):
 
 
 @gluon.jit
-def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
-    """store_rows of a block of registers. The consumer's staging buffers take turns; returns the next turn."""
+def stage_out(value, staging, view, base: gl.constexpr, turn, FLIP: gl.constexpr, BUFS: gl.constexpr):
+    """Put a block of registers, transposed with FLIP, into the consumer's staging buffer whose turn it is.
+
+    Returns the buffer as a store's source, and the next turn.
+    """
     tma.store_wait(BUFS - 1)
-    staging.index(base + turn).store(value)
+    buffer = staging.index(base + turn)
+    if FLIP:
+        buffer = buffer.permute([1, 0])
+    buffer.store(value)
     fence_async_shared()
-    store_rows(desc, view.index(base + turn), row, end, half, col)
-    return next_turn(turn, BUFS)
+    source = view.index(base + turn)
+    if BUFS > 1:
+        turn = gl.where(turn == BUFS - 1, 0, turn + 1)
+    return source, turn
 
 
 @gluon.jit
-def next_turn(turn, BUFS: gl.constexpr):
-    if BUFS == 1:
-        return turn
-    return gl.where(turn == BUFS - 1, 0, turn + 1)
+def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
+    """store_rows of a block of registers; returns the next turn."""
+    source, turn = stage_out(value, staging, view, base, turn, False, BUFS)
+    store_rows(desc, source, row, end, half, col)
+    return turn
 
 
 @cache
