@@ -34,14 +34,13 @@ class Tiles:
 class Ring:
     """Blocks of a warp-specialised Hopper kernel: output tiles of 128 x `bn` (for the up kernel bn counts gate columns)
     and reduction steps of `bk`, in a ring of `stages`; each consumer stores `cols` columns at a time through `bufs`
-    staging buffers. `gather_left`: which side of a weight gradient's tile is gathered."""
+    staging buffers."""
 
     bn: int = 256
     stages: int = 4
     cols: int = 64
     bufs: int = 2
     group: int = 8
-    gather_left: bool = True
     bk: int = 64
     sms: int = 1
 
