@@ -21,15 +21,7 @@ from moetrain_kernels.launch import Ring, Tiles
 from shapes import SHAPES, Shape, dense_limit_ms, route
 
 ROWS = [Ring(), Ring(cols=128, bufs=1), Ring(stages=3, cols=128), Ring(stages=3, bufs=4), Ring(group=16), Ring(group=4)]
-WGRAD = [
-    Ring(group=4),
-    Ring(cols=128, bufs=1, group=4),
-    Ring(stages=3, bufs=4, group=4),
-    Ring(group=2),
-    Ring(group=8),
-    Ring(gather_left=False, group=4),
-    Ring(gather_left=False, cols=128, bufs=1, group=8),
-]
+WGRAD = [Ring(group=4), Ring(cols=128, bufs=1, group=4), Ring(stages=3, bufs=4, group=4), Ring(group=2), Ring(group=8)]
 GEMM = [Tiles(128, 256, 64, 8, 3, 1, 2, group=8), Tiles(64, 256, 64, 4, 4, 1, 4), Tiles(64, 256, 64, 8, 4, 1, 4)]
 CANDIDATES: dict[str, list[Tiles | Ring]] = {
     "up": [
@@ -41,9 +33,8 @@ CANDIDATES: dict[str, list[Tiles | Ring]] = {
         Tiles(128, 128, 64, 8, 3),
         Tiles(64, 128, 64, 8, 4),
     ],
-    "up_plain": [Ring()],
     "down": ROWS + GEMM,
-    "down_grad": ROWS + GEMM,
+    "down_grad": [Ring(), Ring(stages=3), Ring(group=16), Ring(group=4), *GEMM],
     "dx": ROWS + GEMM,
     "dw_down": [*WGRAD, Tiles(128, 256, 64, 8, 5, group=4), Tiles(128, 256, 64, 8, 5, split=2)],
     "dw_up": [*WGRAD, Tiles(128, 256, 64, 8, 5, group=4), Tiles(128, 256, 64, 8, 5, split=2)],
@@ -64,12 +55,9 @@ def runner(name: str, shape: Shape, tiles: Tiles | Ring, device: str):
     if name == "up":
         w = tensor(e, 2, f, d)
         return lambda i=0: experts.up_swiglu(x, p, w, tiles)
-    if name == "up_plain":  # the same product without the SwiGLU epilogue
-        w = tensor(e, 2 * f, d)
-        return lambda i=0: experts.grouped_gemm(x, p, w, tiles, gather=True)
     if name == "down_grad":
-        w = tensor(e, d, f)
-        return lambda i=0: experts.grouped_gemm(x, p, w, tiles, transposed=True, gather=True)
+        w, gate, h = tensor(e, d, f), tensor(shape.T, shape.K), tensor(rows, 2 * f)
+        return lambda i=0: experts.down_grad(x, gate, p, w, h, tiles)
     if name in ("down", "dx"):
         a, w = (tensor(rows, f), tensor(e, d, f)) if name == "down" else (tensor(rows, 2 * f), tensor(e, 2 * f, d))
         return lambda i=0: experts.grouped_gemm(a, p, w, tiles, transposed=name == "dx")
@@ -109,8 +97,7 @@ def device_ms(run: Callable[[], object], repeats: int = 8) -> float:
 def blocks(t: Tiles | Ring) -> str:
     """A candidate in one word or two."""
     if isinstance(t, Ring):
-        side = "left" if t.gather_left else "right"
-        return f"ring 128x{t.bn}x{t.bk} s{t.stages} cols{t.cols}x{t.bufs} group{t.group} {side}"
+        return f"ring 128x{t.bn}x{t.bk} s{t.stages} cols{t.cols}x{t.bufs} group{t.group}"
     return f"{t.bm}x{t.bn}x{t.bk} w{t.warps} s{t.stages} p{t.per_sm} split{t.split} group{t.group}"
 
 
@@ -150,8 +137,7 @@ def main() -> None:
                 except Exception as error:
                     print(f"  {name} {tiles}: {str(error)[:120]}")
             for ms, t in sorted(found, key=lambda pair: pair[0]):
-                share = limit[name.removesuffix("_plain")] / ms
-                print(f"  {name:10s} {blocks(t):46s} {ms:7.3f} ms  {share:5.2f} of dense", flush=True)
+                print(f"  {name:10s} {blocks(t):46s} {ms:7.3f} ms  {limit[name] / ms:5.2f} of dense", flush=True)
         for name, run, mib in memory_bound(shape):
             ms = device_ms(lambda run=run: run(0))
             print(f"  {name:10s} {ms:7.3f} ms  {mib / 1024 / ms:5.2f} TB/s", flush=True)

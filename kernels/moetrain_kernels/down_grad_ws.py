@@ -6,13 +6,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from .gemm_ws import locate
-from .launch import Launcher, Ring, cdiv
+from .launch import Launcher, Ring, cdiv, launch_ring
 from .plan import COUNTERS, RowPlan
 from .swiglu_grad import TAIL_ROWS
 from .ws import (
     HALF,
     column_part,
+    gathered,
     hear,
+    logistic,
     make_barriers,
     make_box,
     multiply,
@@ -55,17 +57,13 @@ def _produce(
 ):
     N_TILES: gl.constexpr = (F + BN - 1) // BN
     BM: gl.constexpr = 2 * HALF
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile, round = gl.program_id(0), 0
     while tile < num_m * N_TILES:
         n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         tell(box, told, heard, round, n, row, end)
         following = tile + P
-        rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
-        token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
-        cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
-        at = dy_ptr + token.to(gl.int64)[:, None] * D + cols[None, :]
+        at = gathered(dy_ptr, slot_R, row, end, D, K, BK)
         for k in range(D // BK):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
@@ -139,10 +137,7 @@ def _consume(
                 g = gate_at.load(PART).to(gl.float32)
                 u = up_at.load(PART).to(gl.float32)
                 b = gl.convert_layout(column_part(acc, i, PARTS, HALF, BN), PART)
-                half_tanh = gl.inline_asm_elementwise(
-                    "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * g], dtype=gl.float32, is_pure=True, pack=1
-                )
-                s = 0.5 * half_tanh + 0.5
+                s = logistic(g)
                 silu = g * s
                 act = silu * u
                 dgate += gl.sum(b * act, axis=1)
@@ -198,13 +193,13 @@ def down_grad_ws_kernel(
     F: gl.constexpr,
     D: gl.constexpr,
     K: gl.constexpr,
+    COUNTER: gl.constexpr,
+    TAIL: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    COUNTER: gl.constexpr,
-    TAIL: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -258,7 +253,6 @@ def down_grad_ws(
     rows, (_, num_d, num_f) = plan.max_rows, w_down_EDF.shape
     num_n = cdiv(num_f, ring.bn)
     part_RP = torch.empty(rows, num_n, dtype=torch.float32, device=h_R2F.device)
-    p = max(1, min(ring.sms, plan.tiles_M3.shape[0] * num_n))
     args = (
         dy_TD,
         ring_desc(w_down_EDF.view(-1, num_f), (ring.bk, ring.bn)),
@@ -274,19 +268,6 @@ def down_grad_ws(
         plan.sizes_6,
         rows,
     )
-    constants = {
-        "F": num_f,
-        "D": num_d,
-        "K": plan.top_k,
-        "BN": ring.bn,
-        "BK": ring.bk,
-        "GROUP": ring.group,
-        "P": p,
-        "STAGES": ring.stages,
-        "COUNTER": COUNTERS["down_grad"],
-        "TAIL": TAIL_ROWS,
-        "PRODUCER_REGS": 72,
-        "CONSUMER_REGS": 216,
-    }
-    launch_down_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)
+    constants = {"F": num_f, "D": num_d, "K": plan.top_k, "COUNTER": COUNTERS["down_grad"], "TAIL": TAIL_ROWS}
+    launch_ring(launch_down_grad, ring, plan.tiles_M3.shape[0] * num_n, args, constants, (72, 216))
     return part_RP

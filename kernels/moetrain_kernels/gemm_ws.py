@@ -5,13 +5,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .launch import Launcher, Ring, cdiv
+from .launch import Launcher, Ring, cdiv, launch_ring
 from .plan import COUNTERS, RowPlan
 from .ws import (
     HALF,
     column_part,
+    gathered,
     halves,
     hear,
+    logistic,
     make_barriers,
     make_box,
     multiply,
@@ -68,7 +70,6 @@ def _produce(
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     BYTES: gl.constexpr = WIDTH * BK * 2 if UP else (WIDTH + BM) * BK * 2
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile, round = gl.program_id(0), 0
     while tile < num_m * N_TILES:
@@ -76,10 +77,7 @@ def _produce(
         tell(box, told, heard, round, n, row, end)
         following = tile + P
         if UP:
-            rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LOAD))
-            token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
-            cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
-            at = a_ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
+            at = gathered(a_ptr, slot_R, row, end, C, K, BK)
         for k in range(K_TILES):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
@@ -152,10 +150,7 @@ def _consume(
                     col = n * BN + i * COLS
                     turn = put_rows(out_desc, gate.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
                     turn = put_rows(out_desc, up.to(dtype), staging, view, BASE, turn, row, end, 1, col, BUFS)
-                    half_tanh = gl.inline_asm_elementwise(
-                        "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * gate], dtype=gl.float32, is_pure=True, pack=1
-                    )
-                    act = gate * (0.5 * half_tanh + 0.5) * up
+                    act = gate * logistic(gate) * up
                     turn = put_rows(act_desc, act.to(dtype), staging, view, BASE, turn, row, end, 0, col, BUFS)
             else:
                 for i in gl.static_range(PARTS):
@@ -183,14 +178,14 @@ def rows_ws_kernel(
     K: gl.constexpr,
     UP: gl.constexpr,
     W_NC: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
+    COUNTER: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
     STAGES: gl.constexpr,
-    COUNTER: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
@@ -255,7 +250,7 @@ def rows_ws(
     """
     num_n, num_c = (w.shape[-1], w.shape[-2]) if transposed else (w.shape[-2], w.shape[-1])
     out_descs = [ragged_desc(out, (64, ring.cols)) for out in outs]
-    p = max(1, min(ring.sms, plan.tiles_M3.shape[0] * cdiv(num_n, ring.bn)))
+    num_tiles = plan.tiles_M3.shape[0] * cdiv(num_n, ring.bn)
     args = (
         a if up else ring_desc(a, (128, ring.bk)),
         a,
@@ -272,15 +267,8 @@ def rows_ws(
         "K": plan.top_k,
         "UP": up,
         "W_NC": not transposed,
-        "BN": ring.bn,
-        "BK": ring.bk,
         "COLS": ring.cols,
         "BUFS": ring.bufs,
-        "GROUP": ring.group,
-        "P": p,
-        "STAGES": ring.stages,
         "COUNTER": COUNTERS["up" if up else "dx" if transposed else "down"],
-        "PRODUCER_REGS": 72 if up else 24,
-        "CONSUMER_REGS": 216 if up else 240,
     }
-    launch_rows((p, 1, 1), args, constants, num_warps=4, maxnreg=168)
+    launch_ring(launch_rows, ring, num_tiles, args, constants, (72, 216) if up else (24, 240))

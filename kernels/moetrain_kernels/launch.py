@@ -34,14 +34,13 @@ class Tiles:
 class Ring:
     """Blocks of a warp-specialised Hopper kernel: output tiles of 128 x `bn` (for the up kernel bn counts gate columns)
     and reduction steps of `bk`, in a ring of `stages`; each consumer stores `cols` columns at a time through `bufs`
-    staging buffers. `gather_left`: which side of a weight gradient's tile is gathered."""
+    staging buffers."""
 
     bn: int = 256
     stages: int = 4
     cols: int = 64
     bufs: int = 2
     group: int = 8
-    gather_left: bool = True
     bk: int = 64
     sms: int = 1
 
@@ -103,6 +102,20 @@ def device_traits(device: torch.device) -> tuple[int, int]:
 def programs(tiles: Tiles, num_tiles: int) -> int:
     """Persistent programs for at most `num_tiles` tiles."""
     return max(1, min(tiles.sms * tiles.per_sm, num_tiles))
+
+
+def launch_ring(
+    launch: Launcher, ring: Ring, num_tiles: int, args: tuple, constants: dict, registers: tuple[int, int]
+) -> None:
+    """Launch a warp-specialised kernel for at most `num_tiles` tiles; `registers` a thread of (producer, consumers).
+
+    `constants` come before the ring's own in the kernel's signature. Compiled for 168 registers, which three groups of
+    128 threads have; the partitions then share them anew.
+    """
+    p = max(1, min(ring.sms, num_tiles))
+    blocks = {"BN": ring.bn, "BK": ring.bk, "GROUP": ring.group, "P": p, "STAGES": ring.stages}
+    share = {"PRODUCER_REGS": registers[0], "CONSUMER_REGS": registers[1]}
+    launch((p, 1, 1), args, {**constants, **blocks, **share}, num_warps=4, maxnreg=168)
 
 
 def block_desc(tensor: torch.Tensor, block: tuple[int, ...], tma: bool) -> TensorDescriptor | torch.Tensor:

@@ -20,12 +20,9 @@ GRAD_ELEMENTS = 1024  # and in the backward pass, where a program takes many blo
 @triton.jit
 def _halves(base_N, i, inside, d, INTERLEAVED: tl.constexpr, ptr):
     """The two elements of every pair, fp32: (i, i + d/2), or (2i, 2i + 1) when interleaved."""
-    if INTERLEAVED:
-        a = tl.load(ptr + base_N + 2 * i, mask=inside, other=0.0)
-        b = tl.load(ptr + base_N + 2 * i + 1, mask=inside, other=0.0)
-    else:
-        a = tl.load(ptr + base_N + i, mask=inside, other=0.0)
-        b = tl.load(ptr + base_N + i + d // 2, mask=inside, other=0.0)
+    step, half = 2 if INTERLEAVED else 1, 1 if INTERLEAVED else d // 2
+    a = tl.load(ptr + base_N + step * i, mask=inside, other=0.0)
+    b = tl.load(ptr + base_N + step * i + half, mask=inside, other=0.0)
     return a.to(tl.float32), b.to(tl.float32)
 
 
@@ -107,9 +104,7 @@ def norm_rope_grad_kernel(
         inside = (row < rows)[:, None] & (i < d // 2)
         token = row // H
         b, s, h = token // length, token % length, row % H
-        dy = (b * y_b + s * y_s + h * y_h)[:, None] + i
-        dy0 = tl.load(dy_ptr + dy, mask=inside, other=0.0).to(tl.float32)
-        dy1 = tl.load(dy_ptr + dy + d // 2, mask=inside, other=0.0).to(tl.float32)
+        dy0, dy1 = _halves((b * y_b + s * y_s + h * y_h)[:, None], i, inside, d, False, dy_ptr)
         at = (b * table_b + s * (d // 2))[:, None] + i
         cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
         sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
@@ -123,14 +118,10 @@ def norm_rope_grad_kernel(
             g0, g1 = g0 * w0, g1 * w1
             mean = ((tl.sum(g0 * n0, axis=1) + tl.sum(g1 * n1, axis=1)) / d)[:, None]
             g0, g1 = (g0 - n0 * mean) * scale, (g1 - n1 * mean) * scale
-        out = row[:, None] * d
+        out, step, half = row[:, None] * d, 2 if INTERLEAVED else 1, 1 if INTERLEAVED else d // 2
         dtype: tl.constexpr = dx_ptr.dtype.element_ty
-        if INTERLEAVED:
-            tl.store(dx_ptr + out + 2 * i, g0.to(dtype), mask=inside)
-            tl.store(dx_ptr + out + 2 * i + 1, g1.to(dtype), mask=inside)
-        else:
-            tl.store(dx_ptr + out + i, g0.to(dtype), mask=inside)
-            tl.store(dx_ptr + out + i + d // 2, g1.to(dtype), mask=inside)
+        tl.store(dx_ptr + out + step * i, g0.to(dtype), mask=inside)
+        tl.store(dx_ptr + out + step * i + half, g1.to(dtype), mask=inside)
     if NORM:
         part = tl.program_id(0).to(tl.int64) * d + i
         tl.store(part_Pd + part, tl.sum(dw0, axis=0)[None, :], mask=i < d // 2)

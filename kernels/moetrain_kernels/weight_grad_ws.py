@@ -3,9 +3,9 @@
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .launch import Launcher, Ring, cdiv
+from .launch import Launcher, Ring, cdiv, launch_ring
 from .spans import WeightRows
 from .weight_tiles import count_turns, locate, rows_of
 from .ws import (
@@ -14,9 +14,9 @@ from .ws import (
     make_barriers,
     multiply,
     next_stage,
-    next_turn,
     pass_over,
     ring_desc,
+    stage_out,
 )
 
 
@@ -43,10 +43,8 @@ def _copy(
     r_col,
     stage,
     phase,
-    X: gl.constexpr,
+    M: gl.constexpr,
     K: gl.constexpr,
-    GATHER_LEFT: gl.constexpr,
-    WIDTH: gl.constexpr,
     BYTES: gl.constexpr,
     BK: gl.constexpr,
     AHEAD: gl.constexpr,
@@ -61,15 +59,11 @@ def _copy(
         ready = full.index(stage)
         mbarrier.expect(ready, BYTES)
         mask = (row + lane_row < end)[:, None]
-        if X % WIDTH != 0:
-            mask = mask & (cols < X)[None, :]
-        at = x_ptr + (slot // K).to(gl.int64)[:, None] * X + cols[None, :]
-        if GATHER_LEFT:
-            tma.async_copy_global_to_shared(r_desc, [base + row, r_col], ready, right.index(stage))
-            async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
-        else:
-            tma.async_copy_global_to_shared(r_desc, [base + row, r_col], ready, left.index(stage))
-            async_copy.async_copy_global_to_shared(right.index(stage), at, mask)
+        if M % (2 * HALF) != 0:
+            mask = mask & (cols < M)[None, :]
+        at = x_ptr + (slot // K).to(gl.int64)[:, None] * M + cols[None, :]
+        tma.async_copy_global_to_shared(r_desc, [base + row, r_col], ready, right.index(stage))
+        async_copy.async_copy_global_to_shared(left.index(stage), at, mask)
         async_copy.mbarrier_arrive(ready, increment_count=False)
         stage, phase = next_stage(stage, phase, STAGES)
         slot = _load_slots(slot_R, row + AHEAD * BK, end, lane_row)
@@ -91,7 +85,6 @@ def _produce(
     M: gl.constexpr,
     N: gl.constexpr,
     K: gl.constexpr,
-    GATHER_LEFT: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     GROUP: gl.constexpr,
@@ -99,18 +92,15 @@ def _produce(
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    WIDTH: gl.constexpr = 2 * HALF if GATHER_LEFT else BN  # columns gathered
-    X: gl.constexpr = M if GATHER_LEFT else N
-    BYTES: gl.constexpr = BK * (BN if GATHER_LEFT else 2 * HALF) * 2
-    LANES: gl.constexpr = WIDTH // 8
+    BYTES: gl.constexpr = BK * BN * 2
+    LANES: gl.constexpr = 2 * HALF // 8
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     lane_row = gl.arange(0, BK, layout=gl.SliceLayout(1, LOAD))
-    lane_col = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
+    lane_col = gl.arange(0, 2 * HALF, layout=gl.SliceLayout(0, LOAD))
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for turn in range(turns):
         at, m, n = locate(turn, spans_E, M, N, BN, GROUP, P, PIECES)
-        x_col = m * (2 * HALF) if GATHER_LEFT else n * BN
-        r_col = n * BN if GATHER_LEFT else m * (2 * HALF)
+        x_col, r_col = m * (2 * HALF), n * BN
         cols = x_col + lane_col
         for piece in gl.static_range(PIECES):
             row, end = rows_of(at, piece)
@@ -127,13 +117,13 @@ def _produce(
                 # fmt: off
                 slot0, stage, phase = _copy(
                     x_piece, r_desc, slots, left, right, full, empty, slot0, lane_row, cols, row, end, base, r_col,
-                    stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                    stage, phase, M, K, BYTES, BK, 3, STAGES)
                 slot1, stage, phase = _copy(
                     x_piece, r_desc, slots, left, right, full, empty, slot1, lane_row, cols, row + BK, end, base, r_col,
-                    stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                    stage, phase, M, K, BYTES, BK, 3, STAGES)
                 slot2, stage, phase = _copy(
                     x_piece, r_desc, slots, left, right, full, empty, slot2, lane_row, cols, row + 2 * BK, end, base,
-                    r_col, stage, phase, X, K, GATHER_LEFT, WIDTH, BYTES, BK, 3, STAGES)
+                    r_col, stage, phase, M, K, BYTES, BK, 3, STAGES)
                 # fmt: on
                 row += 3 * BK
 
@@ -180,17 +170,10 @@ def _consume(
             )
             for i in gl.static_range(PARTS):
                 out = column_part(acc, i, PARTS, HALF, BN).to(dtype)
-                tma.store_wait(BUFS - 1)
+                source, slot = stage_out(out, staging, view, part * BUFS, slot, FLIP, BUFS)
                 col = n * BN + i * COLS
-                if FLIP:
-                    staging.index(part * BUFS + slot).permute([1, 0]).store(out)
-                    where = [expert, col, out_row]
-                else:
-                    staging.index(part * BUFS + slot).store(out)
-                    where = [expert, out_row, col]
-                fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, where, view.index(part * BUFS + slot))
-                slot = next_turn(slot, BUFS)
+                where = [expert, col, out_row] if FLIP else [expert, out_row, col]
+                tma.async_copy_shared_to_global(out_desc, where, source)
         else:
             stage, phase = pass_over(full, empty, stage, phase, steps, STAGES)
     tma.store_wait(0)
@@ -208,23 +191,22 @@ def weight_grad_ws_kernel(
     M: gl.constexpr,
     N: gl.constexpr,
     K: gl.constexpr,
-    GATHER_LEFT: gl.constexpr,
     FLIP: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
     COLS: gl.constexpr,
     BUFS: gl.constexpr,
+    PIECES: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
     GROUP: gl.constexpr,
     P: gl.constexpr,
-    PIECES: gl.constexpr,
     STAGES: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
-    """out[e] = left^T @ right over the rows of e, stored [M, N], or [N, M] with FLIP.
+    """out[e] = x[tokens of e, M]^T @ r[rows of e, N], stored [M, N], or [N, M] with FLIP.
 
-    One side is x by token (left if GATHER_LEFT), read as zero past the expert's rows; the other is r by row, which
-    need only be finite there. The longest reductions come first. Rows may lie in several pieces (spans.WeightRows).
+    x is read as zero past the expert's rows; r need only be finite there. It is the narrower side that is gathered. The
+    longest reductions come first. Rows may lie in several pieces (spans.WeightRows).
     """
     BM: gl.constexpr = 2 * HALF
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
@@ -247,7 +229,7 @@ def weight_grad_ws_kernel(
             (_consume, (out_desc, spans_E, left_halves, right, full, empty, staging, view, turns, 1,
                         M, N, FLIP, BN, BK, COLS, BUFS, GROUP, P, PIECES, STAGES)),
             (_produce, (x_ptr, r_desc, slot_R, spans_E, bases_P4, left, right, full, empty, turns,
-                        M, N, K, GATHER_LEFT, BN, BK, GROUP, P, PIECES, STAGES)),
+                        M, N, K, BN, BK, GROUP, P, PIECES, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -262,13 +244,12 @@ def weight_grad_ws(
     x_TM: torch.Tensor, r_RN: torch.Tensor, rows: WeightRows, out_E: torch.Tensor, flip: bool, ring: Ring
 ) -> None:
     """Fill `out_E` [E, M, N], or [E, N, M] if `flip`: per expert the sum over its rows of outer(x[token], r[row])."""
-    flip_tile = flip == ring.gather_left  # the tile's rows are x's columns if gather_left, else r's
-    num_m, num_n = (x_TM.shape[1], r_RN.shape[1]) if ring.gather_left else (r_RN.shape[1], x_TM.shape[1])
-    p = max(1, min(ring.sms, out_E.shape[0] * cdiv(num_m, 128) * cdiv(num_n, ring.bn)))
+    num_m, num_n = x_TM.shape[1], r_RN.shape[1]
+    num_tiles = out_E.shape[0] * cdiv(num_m, 128) * cdiv(num_n, ring.bn)
     args = (
         x_TM,
-        ring_desc(r_RN, (ring.bk, ring.bn if ring.gather_left else 128)),
-        ring_desc(out_E, (1, ring.cols, 64) if flip_tile else (1, 64, ring.cols)),
+        ring_desc(r_RN, (ring.bk, ring.bn)),
+        ring_desc(out_E, (1, ring.cols, 64) if flip else (1, 64, ring.cols)),
         rows.slot_R,
         rows.spans_E,
         rows.bases_P4,
@@ -278,17 +259,9 @@ def weight_grad_ws(
         "M": num_m,
         "N": num_n,
         "K": rows.top_k,
-        "GATHER_LEFT": ring.gather_left,
-        "FLIP": flip_tile,
-        "BN": ring.bn,
-        "BK": ring.bk,
+        "FLIP": flip,
         "COLS": ring.cols,
         "BUFS": ring.bufs,
-        "GROUP": ring.group,
-        "P": p,
         "PIECES": rows.pieces,
-        "STAGES": ring.stages,
-        "PRODUCER_REGS": 72 if ring.gather_left else 88,
-        "CONSUMER_REGS": 216 if ring.gather_left else 208,
     }
-    launch_weight_grad((p, 1, 1), args, constants, num_warps=4, maxnreg=168)
+    launch_ring(launch_weight_grad, ring, num_tiles, args, constants, (72, 216))

@@ -100,6 +100,25 @@ def take(counter, tiles, P: gl.constexpr):
 
 
 @gluon.jit
+def gathered(ptr, slot_R, row, end, C: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
+    """Addresses of the first BK columns of a row tile's tokens, `ptr` being [T, C]; from row `end` on, of token 0."""
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
+    rows = row + gl.arange(0, 2 * HALF, layout=gl.SliceLayout(1, LOAD))
+    token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
+    cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
+    return ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
+
+
+@gluon.jit
+def logistic(x):
+    """1 / (1 + exp(-x)), by the hardware's tanh."""
+    half_tanh = gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return 0.5 * half_tanh + 0.5
+
+
+@gluon.jit
 def halves(x, ROWS: gl.constexpr, COLS: gl.constexpr):
     """Left and right half of a [ROWS, COLS] block's columns; moves no data between threads."""
     return x.reshape([ROWS, 2, COLS // 2]).permute([0, 2, 1]).split()
@@ -182,20 +201,29 @@ def store_rows(desc, source, row, end, half, col):
 
 
 @gluon.jit
-def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
-    """store_rows of a block of registers. The consumer's staging buffers take turns; returns the next turn."""
+def stage_out(value, staging, view, base: gl.constexpr, turn, FLIP: gl.constexpr, BUFS: gl.constexpr):
+    """Put a block of registers, transposed with FLIP, into the consumer's staging buffer whose turn it is.
+
+    Returns the buffer as a store's source, and the next turn.
+    """
     tma.store_wait(BUFS - 1)
-    staging.index(base + turn).store(value)
+    buffer = staging.index(base + turn)
+    if FLIP:
+        buffer = buffer.permute([1, 0])
+    buffer.store(value)
     fence_async_shared()
-    store_rows(desc, view.index(base + turn), row, end, half, col)
-    return next_turn(turn, BUFS)
+    source = view.index(base + turn)
+    if BUFS > 1:
+        turn = gl.where(turn == BUFS - 1, 0, turn + 1)
+    return source, turn
 
 
 @gluon.jit
-def next_turn(turn, BUFS: gl.constexpr):
-    if BUFS == 1:
-        return turn
-    return gl.where(turn == BUFS - 1, 0, turn + 1)
+def put_rows(desc, value, staging, view, base: gl.constexpr, turn, row, end, half, col, BUFS: gl.constexpr):
+    """store_rows of a block of registers; returns the next turn."""
+    source, turn = stage_out(value, staging, view, base, turn, False, BUFS)
+    store_rows(desc, source, row, end, half, col)
+    return turn
 
 
 @cache

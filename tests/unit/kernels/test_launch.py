@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from moetrain_kernels import compile_check, configs
 from moetrain_kernels.launch import Launcher
 
 pytestmark = pytest.mark.unit
@@ -31,3 +32,21 @@ def test_a_size_beyond_32_bits_is_compiled_anew(monkeypatch):
         launch((1, 1, 1), (OnGPU(), size), {"BLOCK": 128})
         kernels.append(len(launch.variants))
     assert kernels == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_constants_come_in_the_order_of_the_kernels_signature(arch, monkeypatch):
+    """A compiled kernel is launched with their values by position."""
+    launches = []
+
+    def record(launcher, grid, args, constants, **options):
+        launches.append((launcher.kernel.fn.__name__, launcher.kernel.arg_names[len(args) :], list(constants)))
+
+    monkeypatch.setattr(Launcher, "__call__", record)
+    monkeypatch.setattr(configs, "device_traits", lambda device: (132, arch))
+    monkeypatch.setattr(compile_check.pieces, "check", lambda *args: None)
+    for num_tokens in (1024, 16):
+        compile_check.compile_layer(torch.bfloat16, num_tokens)
+    compile_check.compile_pieces(torch.bfloat16, 1024)
+    compile_check.compile_model()
+    assert [launch for launch in launches if launch[1] != launch[2]] == []
