@@ -64,7 +64,7 @@ class Chaos:
 
     def reference(self) -> None:
         """The uninterrupted run."""
-        self._finish(self._fork(self.straight, "straight"), self.straight)
+        self._finish(self._fork(self.straight, "straight"))
         self.rows, self.samples = _rows(self.straight)
 
     def round(self, number: int, torchrun: bool, in_save: bool) -> bool:
@@ -74,7 +74,7 @@ class Chaos:
         launch = start(self.run_dir, f"round_{number:03d}")
         try:
             if not self._wait_for_the_moment(launch, expected, in_save):
-                self._finish(launch, self.run_dir)
+                self._finish(launch)
                 self._whole(expected)
                 self._next_run()
                 return False
@@ -92,7 +92,7 @@ class Chaos:
     def end(self) -> None:
         """Let the last run go to its end."""
         expected, self.events = self._newest(), _events(self.run_dir)
-        self._finish(self._fork(self.run_dir, "end"), self.run_dir)
+        self._finish(self._fork(self.run_dir, "end"))
         self._whole(expected)
 
     def _wait_for_the_moment(self, launch: Launch, expected: int, in_save: bool) -> bool:
@@ -165,7 +165,7 @@ class Chaos:
         steps = CheckpointStore(self.run_dir).steps()
         return int(steps[-1].name.removeprefix("step_")) if steps else 0
 
-    def _finish(self, launch: Launch, run_dir: Path) -> None:
+    def _finish(self, launch: Launch) -> None:
         try:
             self._until(launch, lambda: not launch.alive(), LIMIT_S)
             if launch.failed():
