@@ -32,18 +32,13 @@ from typing import Any
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.observe.metrics import read_rows
+from moetrain.observe.metrics import MEASURED, read_rows
 from moetrain.testing.processes import Launch
-from moetrain.testing.small import write_documents
+from moetrain.testing.small import SMALLEST_MODEL, write_documents
 
 WORLD, STEPS, EVERY = 4, 60, 3
 LIMIT_S = 120.0  # without any progress counts as a hang
-MODEL = [  # as small as it can be with experts, biases, and shards of both meshes
-    "model.n_layers=2", "model.d_model=16", "model.attention.head_dim=8", "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1", "model.moe.d_expert=8", "model.moe.n_experts=4", "train.seq_len=16",
-    "train.global_batch=4", "optim.lr=0.003", "balance=[switch,bias]", "parallel.ep=2",
-]  # fmt: skip
-TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
+MODEL = [*SMALLEST_MODEL, "model.moe.n_experts=4", "optim.lr=0.003", "balance=[switch,bias]", "parallel.ep=2"]
 
 
 class Broken(Exception):
@@ -241,7 +236,7 @@ def _rows(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Metrics without times, and samples."""
     metrics = [row for row in read_rows(run_dir / "metrics.jsonl") if "event" not in row]
     samples = run_dir / "samples.jsonl"
-    plain = [{key: value for key, value in row.items() if key not in TIMES} for row in metrics]
+    plain = [{key: value for key, value in row.items() if key not in MEASURED} for row in metrics]
     return plain, read_rows(samples) if samples.exists() else []
 
 

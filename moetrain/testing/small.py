@@ -29,6 +29,18 @@ SMALL_MODEL = [
     "balance.bias.rate=0.01",
 ]
 
+# As small as it can be with experts, and with shards of both meshes on two ranks.
+SMALLEST_MODEL = [
+    "model.n_layers=2",
+    "model.d_model=16",
+    "model.attention.head_dim=8",
+    "model.attention.n_heads=2",
+    "model.attention.n_kv_heads=1",
+    "model.moe.d_expert=8",
+    "train.seq_len=16",
+    "train.global_batch=4",
+]
+
 
 def write_documents(directory: Path, count: int = 400, longest: int = 60) -> list[str]:
     """Write documents of 1 to `longest` words: rows hold several, and documents cross rows; return data overrides."""

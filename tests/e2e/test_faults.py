@@ -11,18 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moetrain.testing.small import SMALLEST_MODEL
+
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "experiment=quickstart",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.attention.head_dim=8",
-    "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1",
-    "model.moe.d_expert=8",
-    "train.seq_len=16",
-    "train.global_batch=4",
+    *SMALLEST_MODEL,
     "train.eval_every=0",
     "parallel.ep=2",
 ]

@@ -12,22 +12,16 @@ from moetrain.checkpoint.use import read_trainer_state
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.moe.balance.bias import SelectionBias
+from moetrain.observe.metrics import MEASURED
 from moetrain.testing import RankFailure, run_ranks
+from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.testing.trajectory import whole
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
-NOT_COMPARED = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
 TINY = [
     "experiment=quickstart",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.attention.head_dim=8",
-    "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1",
-    "model.moe.d_expert=8",
-    "train.seq_len=16",
-    "train.global_batch=4",
+    *SMALLEST_MODEL,
     "train.eval_every=0",
     "balance=[switch,bias]",
     "checkpoint.every=1",
@@ -55,7 +49,7 @@ def _train(run_dir, *overrides):
 
 def _rows(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in lines if "event" not in row]
+    steps = [{k: v for k, v in row.items() if k not in MEASURED} for row in lines if "event" not in row]
     return steps, [row for row in lines if "event" in row]
 
 

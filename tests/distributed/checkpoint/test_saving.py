@@ -15,19 +15,14 @@ from moetrain.checkpoint import manifest
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.testing import run_ranks
+from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 TINY = [
     "experiment=quickstart",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.attention.head_dim=8",
-    "model.attention.n_heads=2",
+    *SMALLEST_MODEL,
     "model.attention.n_kv_heads=2",
-    "model.moe.d_expert=8",
-    "train.seq_len=16",
-    "train.global_batch=4",
     "train.micro_batch=1",
     "train.eval_every=0",
     "balance=[switch,z_loss,bias]",

@@ -12,19 +12,13 @@ from moetrain.checkpoint.store import CheckpointStore
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.testing import RankFailure, run_ranks
+from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 TINY = [
     "experiment=quickstart",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.attention.head_dim=8",
-    "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1",
-    "model.moe.d_expert=8",
-    "train.seq_len=16",
-    "train.global_batch=4",
+    *SMALLEST_MODEL,
     "train.micro_batch=1",
     "train.eval_every=0",
     "train.steps=8",
