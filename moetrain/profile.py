@@ -11,14 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
-from moetrain.comm.env import world_size
-from moetrain.comm.start import start_distributed, stop_distributed
-from moetrain.config.compose import load_config
-from moetrain.config.plugins import check_plugins
-from moetrain.config.validate import validate
 from moetrain.observe.annotate import annotate
 from moetrain.observe.timeline import WINDOW, format_shares, shares
-from moetrain.train import complete, rehearse, set_determinism
+from moetrain.train import run_config, running
 from moetrain.trainer import Trainer
 
 WARMUP, MEASURED = 5, 3  # steps
@@ -30,24 +25,13 @@ def profile(overrides: list[str], out: Path) -> str:
     Writes `trace_rank<r>.json.gz` (for chrome://tracing or Perfetto) and `shares_rank<r>.txt` into `out`; returns this
     rank's table. The run's own directory is `out`/run and no checkpoint is written. Raises ValueError as `train`.
     """
-    config = complete(load_config([*overrides, f"run.dir={out / 'run'}", "run.resume=never"]), overrides)
+    config = run_config([*overrides, f"run.dir={out / 'run'}", "run.resume=never"])
     config = replace(config, train=replace(config.train, steps=max(config.train.steps, WARMUP + MEASURED)))
-    layout = validate(config, world_size())
-    check_plugins(config)
-    rehearse(config)
-    set_determinism(config)
-    device = start_distributed()
-    try:
-        trainer = Trainer(config, layout, device)
-        try:
-            annotate(trainer.model)
-            for _ in range(WARMUP):
-                trainer.train_step()
-            return measure(trainer, out)
-        finally:
-            trainer.close()
-    finally:
-        stop_distributed()
+    with running(config) as trainer:
+        annotate(trainer.model)
+        for _ in range(WARMUP):
+            trainer.train_step()
+        return measure(trainer, out)
 
 
 def measure(trainer: Trainer, out: Path) -> str:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from moetrain.comm.env import world_size
 from moetrain.comm.parent import die_with_launcher
@@ -16,11 +19,38 @@ from moetrain.config.plugins import check_plugins
 from moetrain.config.schema import Config
 from moetrain.config.validate import validate
 
+if TYPE_CHECKING:
+    from moetrain.trainer import Trainer
+
 
 def train(overrides: list[str]) -> None:
     """Run to the end. Raises ValueError for what the user must change, before ranks or GPUs are touched if possible."""
     die_with_launcher()
-    config = complete(load_config(overrides), overrides)
+    with running(run_config(overrides)) as trainer:
+        trainer.fit()
+
+
+def run_config(overrides: list[str]) -> Config:
+    """The configuration of a run; with `init.from` with that checkpoint's model or, to be resumed, the run's own."""
+    config = load_config(overrides)
+    source = config.init.get("from", "")
+    if not source:
+        return config
+    from moetrain.checkpoint.store import CheckpointStore
+    from moetrain.checkpoint.stored import stored_config
+    from moetrain.checkpoint.use import resolve
+
+    newest = CheckpointStore(config.run.dir).latest() if config.run.resume == "auto" else None
+    path = newest or resolve(source if config.run.resume in ("auto", "never") else config.run.resume)
+    return inherit(config, stored_config(path), overrides, source)
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Trainer]:
+    """A trainer on the ranks of this launch, which all call this; both are given back at the end, or on an error.
+
+    Raises ValueError for what the user must change, most of it before ranks start.
+    """
     layout = validate(config, world_size())
     check_plugins(config)
     rehearse(config)
@@ -33,25 +63,11 @@ def train(overrides: list[str]) -> None:
     try:
         trainer = Trainer(config, layout, device)
         try:
-            trainer.fit()
+            yield trainer
         finally:
             trainer.close()
     finally:
         stop_distributed()
-
-
-def complete(config: Config, overrides: list[str]) -> Config:
-    """With `init.from`, the configuration with that checkpoint's model; or, to be resumed, with this run's own."""
-    source = config.init.get("from", "")
-    if not source:
-        return config
-    from moetrain.checkpoint.store import CheckpointStore
-    from moetrain.checkpoint.stored import stored_config
-    from moetrain.checkpoint.use import resolve
-
-    newest = CheckpointStore(config.run.dir).latest() if config.run.resume == "auto" else None
-    path = newest or resolve(source if config.run.resume in ("auto", "never") else config.run.resume)
-    return inherit(config, stored_config(path), overrides, source)
 
 
 def rehearse(config: Config) -> None:

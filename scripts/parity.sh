@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a small dense model, upcycle it every way, and compare the losses in fp32: scripts/parity.sh [--only WORDS]
-# [--write docs/parity.md]. Prints one table; exit 1 if an initializer that claims to be exact is not.
+# [--write FILE]. Prints one table; exit 1 if an initializer that claims to be exact is not.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""

@@ -73,15 +73,8 @@ def describe_groups() -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, readable by `compose_file`."""
+    """The resolved configuration, of which `to_config` makes the same again."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def from_yaml(path: Path) -> Config:
-    """A configuration written by `to_yaml`. Raises ValueError when it no longer fits the schema."""
-    loaded = OmegaConf.load(path)
-    assert isinstance(loaded, DictConfig)
-    return to_config(loaded)
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:

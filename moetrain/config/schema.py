@@ -113,6 +113,8 @@ class CheckpointConfig:
 
 @dataclass
 class Config:
+    """Everything that a run is made of. Groups that are a `dict` hold plugins: a `_target_` and its own options."""
+
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -29,14 +29,14 @@ _VERSION = 1
 class Loader:
     """Reads one step ahead in one background thread. Every rank opens the same sources; the first tokenises them.
 
-    global_batch: rows of a step over all ranks; micro_batch: rows of a micro-step on one rank. cache_dir: None for
-    `config.cache_dir`. Raises ValueError, naming key, source, row and value, for an impossible configuration and for
-    data that cannot be trained on: mapped data here, streamed data by the `next_step` that would have used it.
+    global_batch: rows of a step over all ranks; micro_batch: rows of a micro-step on one rank. Raises ValueError,
+    naming key, source, row and value, for an impossible configuration and for data that cannot be trained on: mapped
+    data here, streamed data by the `next_step` that would have used it.
     """
 
     def __init__(
         self, config: DataConfig, *, seq_len: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int,
-        seed: int, vocab_size: int, cache_dir: str | Path | None = None,
+        seed: int, vocab_size: int,
     ) -> None:  # fmt: skip
         check_data(config)
         assert 0 <= dp_rank < dp_size
@@ -51,7 +51,7 @@ class Loader:
             raise ValueError(f"train.seq_len={seq_len} must be at least 1")
         self.tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
         check_vocabulary(self.tokenizer, vocab_size)
-        opener = SourceOpener(config, self.tokenizer, seq_len, seed, _cache_dir(config, cache_dir))
+        opener = SourceOpener(config, self.tokenizer, seq_len, seed, _cache_dir(config))
         self._sources, held_out = opener.training()
         self._held_out: dict[str, HeldOut] = opener.validation() or held_out
         self._mixture = Mixture(config, seed)
@@ -214,6 +214,6 @@ def build_loader(config: Config, dp_rank: int, dp_size: int) -> Loader:
     )
 
 
-def _cache_dir(config: DataConfig, cache_dir: str | Path | None) -> Path:
-    chosen = cache_dir or config.cache_dir or os.environ.get("MOETRAIN_CACHE") or "~/.cache/moetrain"
+def _cache_dir(config: DataConfig) -> Path:
+    chosen = config.cache_dir or os.environ.get("MOETRAIN_CACHE") or "~/.cache/moetrain"
     return Path(chosen).expanduser()

@@ -27,6 +27,8 @@ class HeldOut(Protocol):
 
 
 class MappedHeldOut:
+    """Rows of a token store, in its order."""
+
     def __init__(self, name: str, store: TokenStore, seq_len: int) -> None:
         self._name = name
         self._store = store

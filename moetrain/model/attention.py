@@ -88,4 +88,5 @@ class MLA(nn.Module):
 
 
 def build_attention(config: ModelConfig) -> GQA | MLA:
+    """The module that `model.attention.kind` names."""
     return MLA(config) if config.attention.kind == "mla" else GQA(config)

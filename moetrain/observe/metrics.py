@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+# What a clock and the machine's memory decide. "Equal metrics" are equal in every other key (docs/metrics.md).
+MEASURED = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

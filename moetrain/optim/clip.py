@@ -7,8 +7,7 @@ and including a replicated one counts the same element several times.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,17 +74,6 @@ def clip_for(optimizer: Any, parameters: Iterable[Tensor], max_norm: float, norm
         optimizer.grad_divisor = (norm.float() / max_norm).clamp(min=1.0)
     else:
         clip_(parameters, max_norm, norm)
-
-
-def check_finite(norm: Tensor, step: int, sample_ids: Sequence[Any] = ()) -> None:
-    """Raise RuntimeError naming the step and its samples unless the norm is finite; call it before the optimizer.
-
-    Waits for the device. Every rank holds the same norm, so every rank raises.
-    """
-    value = norm.item()
-    if not math.isfinite(value):
-        samples = f"; samples of the batch: {list(sample_ids)}" if len(sample_ids) else ""
-        raise RuntimeError(f"the gradient norm of step {step} is {value}: no update was made{samples}")
 
 
 def _sharded_over(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:

@@ -32,18 +32,13 @@ from typing import Any
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.observe.metrics import read_rows
+from moetrain.observe.metrics import MEASURED, read_rows
 from moetrain.testing.processes import Launch
-from moetrain.testing.small import write_documents
+from moetrain.testing.small import SMALLEST_MODEL, write_documents
 
 WORLD, STEPS, EVERY = 4, 60, 3
 LIMIT_S = 120.0  # without any progress counts as a hang
-MODEL = [  # as small as it can be with experts, biases, and shards of both meshes
-    "model.n_layers=2", "model.d_model=16", "model.attention.head_dim=8", "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1", "model.moe.d_expert=8", "model.moe.n_experts=4", "train.seq_len=16",
-    "train.global_batch=4", "optim.lr=0.003", "balance=[switch,bias]", "parallel.ep=2",
-]  # fmt: skip
-TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
+MODEL = [*SMALLEST_MODEL, "model.moe.n_experts=4", "optim.lr=0.003", "balance=[switch,bias]", "parallel.ep=2"]
 
 
 class Broken(Exception):
@@ -64,7 +59,7 @@ class Chaos:
 
     def reference(self) -> None:
         """The uninterrupted run."""
-        self._finish(self._fork(self.straight, "straight"), self.straight)
+        self._finish(self._fork(self.straight, "straight"))
         self.rows, self.samples = _rows(self.straight)
 
     def round(self, number: int, torchrun: bool, in_save: bool) -> bool:
@@ -74,7 +69,7 @@ class Chaos:
         launch = start(self.run_dir, f"round_{number:03d}")
         try:
             if not self._wait_for_the_moment(launch, expected, in_save):
-                self._finish(launch, self.run_dir)
+                self._finish(launch)
                 self._whole(expected)
                 self._next_run()
                 return False
@@ -92,7 +87,7 @@ class Chaos:
     def end(self) -> None:
         """Let the last run go to its end."""
         expected, self.events = self._newest(), _events(self.run_dir)
-        self._finish(self._fork(self.run_dir, "end"), self.run_dir)
+        self._finish(self._fork(self.run_dir, "end"))
         self._whole(expected)
 
     def _wait_for_the_moment(self, launch: Launch, expected: int, in_save: bool) -> bool:
@@ -165,7 +160,7 @@ class Chaos:
         steps = CheckpointStore(self.run_dir).steps()
         return int(steps[-1].name.removeprefix("step_")) if steps else 0
 
-    def _finish(self, launch: Launch, run_dir: Path) -> None:
+    def _finish(self, launch: Launch) -> None:
         try:
             self._until(launch, lambda: not launch.alive(), LIMIT_S)
             if launch.failed():
@@ -241,7 +236,7 @@ def _rows(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Metrics without times, and samples."""
     metrics = [row for row in read_rows(run_dir / "metrics.jsonl") if "event" not in row]
     samples = run_dir / "samples.jsonl"
-    plain = [{key: value for key, value in row.items() if key not in TIMES} for row in metrics]
+    plain = [{key: value for key, value in row.items() if key not in MEASURED} for row in metrics]
     return plain, read_rows(samples) if samples.exists() else []
 
 

@@ -32,6 +32,7 @@ AFTER = 3  # steps after the last checkpoint, whose losses a resumed run must re
 
 
 def main() -> None:
+    """Measure; rank 0 writes the figures as JSON and prints the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir")
     parser.add_argument("out")

@@ -21,13 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.moe.router.softmax import SoftmaxTopK
 from moetrain.moe.types import Routing, TokenContext
 from moetrain.testing.layouts import CASES, Case
 from moetrain.testing.ranks import RankFailure, run_ranks
 from moetrain.testing.small import write_documents
+from moetrain.testing.trajectory import open_trainer
 from moetrain.trainer import Trainer
 
 
@@ -73,9 +72,7 @@ def survive(case: Case, data: list[str], directory: str, steps: int) -> dict[str
     losses: dict[str, float] = {}
     for number, (name, more) in enumerate(scenarios(case).items()):
         options = [*case.overrides(data, Path(directory) / str(number), "fp32"), f"train.steps={steps}", *more]
-        config = load_config(options)
-        trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"))
-        trainer.log.start(0, {})
+        trainer = open_trainer(options)
         checked: list[int] = []
         hook = trainer.optimizer.register_step_pre_hook(lambda *_, t=trainer, c=checked: c.append(_check_gradients(t)))
         for _ in range(steps):

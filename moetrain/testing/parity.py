@@ -1,6 +1,6 @@
 """How each initializer's model compares with the dense one it was made from: scripts/parity.sh.
 
-    python -m moetrain.testing.parity [--only WORDS] [--write docs/parity.md]
+    python -m moetrain.testing.parity [--only WORDS] [--write FILE]
 
 Trains the dense quick-start model for a short while, converts it every way, and measures both on held-out text in fp32.
 Initializers that claim to be exact must have the same loss to 1e-6; exit 1 if one has not. For gates that are plain

@@ -1,4 +1,4 @@
-"""Overrides of small models, for proofs in fp64 and for runs of many steps, and documents that pack unevenly."""
+"""A model small enough for fp64 proofs that still has every feature on, and documents that pack unevenly."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ SMALL_MODEL = [
     "balance.bias.rate=0.01",
 ]
 
-# The quick start, as small as it trains: for runs that are killed, saved, and resumed, where time is what counts.
-TINY_RUN = [
-    "experiment=quickstart",
+# As small as it can be with experts, and with shards of both meshes on two ranks.
+SMALLEST_MODEL = [
     "model.n_layers=2",
     "model.d_model=16",
     "model.attention.head_dim=8",

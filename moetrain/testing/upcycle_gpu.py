@@ -23,14 +23,11 @@ from moetrain.checkpoint.hf.load import expected
 from moetrain.checkpoint.hf.match import written_names
 from moetrain.checkpoint.hf.rules import rules
 from moetrain.checkpoint.hf.translate import from_hf
-from moetrain.comm.env import is_rank0, world_size
+from moetrain.comm.env import is_rank0
 from moetrain.comm.start import start_distributed, stop_distributed
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.plan.params import count
 from moetrain.testing.memory import PeakMemory
-from moetrain.train import complete, rehearse
-from moetrain.trainer import Trainer
+from moetrain.train import run_config, running
 from moetrain.upcycle.convert import build_initializer, convert
 
 N_LAYERS = 16
@@ -104,19 +101,13 @@ def train(checkpoint: str, steps: int, overrides: list[str]) -> None:
     start = time.monotonic()
     run_dir = Path(checkpoint).parent / "run"
     own = [f"init.from={checkpoint}", f"run.dir={run_dir}", "run.resume=never", f"train.steps={steps}"]
-    overrides = [*own, *overrides]
-    config = complete(load_config(overrides), overrides)
-    layout = validate(config, world_size())
-    rehearse(config)
-    device = start_distributed()
-    try:
-        trainer = Trainer(config, layout, device)
+    with running(run_config([*own, *overrides])) as trainer:
         ready = time.monotonic() - start
         for _ in range(steps):
             row, _ = trainer.train_step()
             assert row, "a bad step"
             if trainer.rank0 and (row["step"] == 1 or row["step"] % 10 == 0):
-                memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+                memory = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else 0.0
                 print(
                     f"  step {row['step']:3d}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  "
                     f"{row['tokens_per_s']:,.0f} tok/s  {memory:.1f} GiB",
@@ -124,9 +115,6 @@ def train(checkpoint: str, steps: int, overrides: list[str]) -> None:
                 )
         if trainer.rank0:
             print(f"  ready after {ready:.1f} s, {steps} steps in {time.monotonic() - start - ready:.1f} s")
-        trainer.close()
-    finally:
-        stop_distributed()
 
 
 def main(arguments: list[str]) -> None:

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.testing.ranks import run_ranks
-from moetrain.train import complete
+from moetrain.train import run_config
 from moetrain.trainer import Trainer
 from moetrain.upcycle.convert import build_initializer, convert
 
@@ -60,7 +59,7 @@ class Plan:
 
 def train(overrides: list[str]) -> float:
     """One training run on the ranks that are there; returns its last held-out loss."""
-    config = complete(load_config(overrides), overrides)
+    config = run_config(overrides)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"))
         try:

@@ -9,17 +9,17 @@ import torch
 
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
+from moetrain.observe.metrics import MEASURED
 from moetrain.testing import RankFailure, run_ranks
-from moetrain.testing.small import TINY_RUN
+from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.testing.trajectory import whole
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 STEPS, EVERY = 200, 7
-# Clock and memory differ between any two runs; everything else is a pure function of configuration and step.
-NOT_COMPARED = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
 OVERRIDES = [
-    *TINY_RUN,
+    "experiment=quickstart",
+    *SMALLEST_MODEL,
     "train.micro_batch=1",
     f"train.steps={STEPS}",
     "train.eval_every=50",
@@ -55,7 +55,7 @@ def train(run_dir, die_after=None):
 
 def rows(run_dir, name="metrics.jsonl"):
     lines = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in lines if "event" not in row]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in lines if "event" not in row]
 
 
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path):

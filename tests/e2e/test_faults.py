@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moetrain.testing.small import TINY_RUN
+from moetrain.testing.small import SMALLEST_MODEL
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    *TINY_RUN,
+    "experiment=quickstart",
+    *SMALLEST_MODEL,
     "train.eval_every=0",
     "parallel.ep=2",
 ]

@@ -42,6 +42,8 @@ class Form:
 
 @dataclass(frozen=True)
 class Rule:
+    """A tensor of ours by its name, and the forms that files have of it; the first one is written."""
+
     ours: str
     forms: tuple[Form, ...]
 

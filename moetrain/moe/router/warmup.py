@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moetrain.moe.router.common import choose, make_routing, router_logits
+from moetrain.moe.router.common import router_logits
 from moetrain.moe.router.softmax import SoftmaxTopK
 from moetrain.moe.types import Routing, TokenContext
 
@@ -55,20 +55,7 @@ class WarmupSoftmaxTopK(SoftmaxTopK):
         spread_T1, mean_T1 = torch.std_mean(logit_TE.detach(), dim=-1, correction=0, keepdim=True)
         noise_TE = token_noise(context, logit_TE.shape[1] // self.tied).repeat_interleave(self.tied, dim=1)
         logit_TE = own * logit_TE + (1 - own) * (mean_T1 + spread_T1 * noise_TE.to(logit_TE.dtype))
-        prob_TE = logit_TE.softmax(dim=-1)
-        selection_TE = prob_TE if self.order == "pre" else logit_TE
-        expert_TK = choose(selection_TE if bias_E is None else selection_TE + bias_E, self.top_k, context)
-        gate_TK = prob_TE.gather(-1, expert_TK)
-        if self.order == "post" or self.renormalize:
-            gate_TK = gate_TK / gate_TK.sum(dim=-1, keepdim=True)
-        return make_routing(
-            expert_TK=expert_TK,
-            gate_TK=gate_TK * self.scale,
-            selection_TE=selection_TE,
-            balance_TE=prob_TE,
-            logit_TE=logit_TE,
-            context=context,
-        )
+        return self._top_k(logit_TE, context, bias_E)
 
 
 def token_noise(context: TokenContext, n: int) -> Tensor:

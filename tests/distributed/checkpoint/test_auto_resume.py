@@ -12,15 +12,16 @@ from moetrain.checkpoint.use import read_trainer_state
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.moe.balance.bias import SelectionBias
+from moetrain.observe.metrics import MEASURED
 from moetrain.testing import RankFailure, run_ranks
-from moetrain.testing.small import TINY_RUN
+from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.testing.trajectory import whole
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
-NOT_COMPARED = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
 TINY = [
-    *TINY_RUN,
+    "experiment=quickstart",
+    *SMALLEST_MODEL,
     "train.eval_every=0",
     "balance=[switch,bias]",
     "checkpoint.every=1",
@@ -48,7 +49,7 @@ def _train(run_dir, *overrides):
 
 def _rows(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in lines if "event" not in row]
+    steps = [{k: v for k, v in row.items() if k not in MEASURED} for row in lines if "event" not in row]
     return steps, [row for row in lines if "event" in row]
 
 

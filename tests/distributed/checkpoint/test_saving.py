@@ -15,13 +15,14 @@ from moetrain.checkpoint import manifest
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.testing import run_ranks
-from moetrain.testing.small import TINY_RUN
+from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 TINY = [
-    *TINY_RUN,
-    "model.attention.n_kv_heads=2",  # for tp=2
+    "experiment=quickstart",
+    *SMALLEST_MODEL,
+    "model.attention.n_kv_heads=2",
     "train.micro_batch=1",
     "train.eval_every=0",
     "balance=[switch,z_loss,bias]",

@@ -1,7 +1,5 @@
 """The copy-engine protocol over memory in a shared file: the same flags and copies, with ranks shaken out of step."""
 
-import functools
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +12,7 @@ from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions, segme
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_routing
+from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
 from moetrain.testing.peer import FileMemory
 
 pytestmark = pytest.mark.distributed
@@ -25,22 +23,8 @@ LAYERS = 3
 
 def data(rank, layer):
     """Uneven tokens, none at all, and unused slots; different on every rank and layer."""
-    g = torch.Generator().manual_seed(100 * layer + rank)
     tokens = [MOST, 0 if layer else 5, MOST - 2, 7][rank]
-    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
-    expert[torch.rand(tokens, K, generator=g) < 0.2] = -1
-    x = torch.randn(tokens, D, generator=g, dtype=torch.float64).requires_grad_()
-    gate = torch.rand(tokens, K, generator=g, dtype=torch.float64).requires_grad_()
-    return x, expert, gate, torch.randn(tokens, D, generator=g, dtype=torch.float64)
-
-
-@functools.cache
-def weights():
-    g = torch.Generator().manual_seed(7)
-    return (
-        torch.randn(E, 2, H, D, generator=g, dtype=torch.float64),
-        torch.randn(E, D, H, generator=g, dtype=torch.float64),
-    )
+    return fake_tokens(tokens, D, E, K, seed=100 * layer + rank, unused=0.2)
 
 
 def routing(expert, gate):
@@ -52,8 +36,7 @@ def one_rank(directory, chunks, jitter=(0.0,) * WORLD, ignored=()):
     rank = dist.get_rank()
     memory = FileMemory(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory, jitter[rank], ignored)
     dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", chunks, (), dist.group.WORLD))
-    block = slice(rank * E // WORLD, (rank + 1) * E // WORLD)
-    w = tuple(t[block].clone().requires_grad_() for t in weights())
+    w = own_experts(fake_experts(E, D, H))
     done = []
     for layer in range(LAYERS):
         x, expert, gate, upstream = data(rank, layer)
@@ -64,7 +47,7 @@ def one_rank(directory, chunks, jitter=(0.0,) * WORLD, ignored=()):
 
 
 def worst_error(ranks):
-    w, worst = tuple(t.clone().requires_grad_() for t in weights()), 0.0
+    w, worst = tuple(t.requires_grad_() for t in fake_experts(E, D, H)), 0.0
     for layer in range(LAYERS):
         for rank in range(WORLD):
             x, expert, gate, upstream = data(rank, layer)

@@ -14,7 +14,7 @@ from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.sliced import SlicedDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_routing
+from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
 
 pytestmark = pytest.mark.distributed
 D, H, E, K, WORLD = 8, 6, 8, 3, 4
@@ -29,31 +29,13 @@ TRANSPORTS = {
 
 
 def data(rank, case):
-    g = torch.Generator().manual_seed(100 + rank)
     tokens = {"uneven": 5 + 3 * rank, "nothing_on_rank_1": 0 if rank == 1 else 7}.get(case, 9)
-    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
+    unused = 0.4 if case == "unused_slots" else 0.0
+    x, expert, gate, upstream = fake_tokens(tokens, D, E, K, seed=100 + rank, unused=unused)
     if case == "all_to_one_expert":
         expert = torch.full((tokens, K), -1)
         expert[:, 1] = 5
-    if case == "unused_slots":
-        expert[torch.rand(tokens, K, generator=g) < 0.4] = -1
-    x = torch.randn(tokens, D, generator=g, dtype=torch.float64).requires_grad_()
-    gate = torch.rand(tokens, K, generator=g, dtype=torch.float64).requires_grad_()
-    upstream = torch.randn(tokens, D, generator=g, dtype=torch.float64)
     return x, expert, gate, upstream
-
-
-def weights():
-    g = torch.Generator().manual_seed(7)
-    return (
-        torch.randn(E, 2, H, D, generator=g, dtype=torch.float64),
-        torch.randn(E, D, H, generator=g, dtype=torch.float64),
-    )
-
-
-def own_weights():
-    block = slice(dist.get_rank() * E // WORLD, (dist.get_rank() + 1) * E // WORLD)
-    return tuple(w[block].clone().requires_grad_() for w in weights())
 
 
 def routing(expert, gate):
@@ -73,7 +55,7 @@ def one_rank(name, cases):
         if name.endswith("padded") and case == "nothing_on_rank_1":
             continue  # static shapes are for training, where every rank has tokens
         x, expert, gate, upstream = data(dist.get_rank(), case)
-        w = own_weights()
+        w = own_experts(fake_experts(E, D, H))
         y = dispatcher(x, routing(expert, gate), ReferenceExperts(), w)
         y.backward(upstream)
         results[case] = y.detach(), x.grad, gate.grad, *(t.grad for t in w)
@@ -82,7 +64,7 @@ def one_rank(name, cases):
 
 def single_process(case):
     """Per rank (y, dx, dgate) and the weights' gradients."""
-    w, of_rank = tuple(t.requires_grad_() for t in weights()), []
+    w, of_rank = tuple(t.requires_grad_() for t in fake_experts(E, D, H)), []
     for rank in range(WORLD):
         x, expert, gate, upstream = data(rank, case)
         y = LocalDispatch()(x, routing(expert, gate), ReferenceExperts(), w)
@@ -110,7 +92,7 @@ def test_equals_one_process(name):
 def two_in_flight(name):
     """1F1B in miniature: two micro-batches forward, other groups' collectives between, then backward, oldest first."""
     other = dist.new_group(list(range(WORLD)))
-    dispatcher, w, under_way = make(name), own_weights(), []
+    dispatcher, w, under_way = make(name), own_experts(fake_experts(E, D, H)), []
     for case in ("plain", "unused_slots"):
         x, expert, gate, upstream = data(dist.get_rank(), case)
         noise = torch.ones(1000)
@@ -146,7 +128,7 @@ def one_rank_of_slices(cases, ep, chunks):
     dispatcher = SlicedDispatch(inner, mesh.get_group("etp"))
     for case in cases:
         x, expert, gate, upstream = data(rank, case)
-        w1, w2 = weights()
+        w1, w2 = fake_experts(E, D, H)
         w1, w2 = w1[block, :, width].clone().requires_grad_(), w2[block, :, width].clone().requires_grad_()
         y = dispatcher(x, routing(expert, gate), ReferenceExperts(), (w1, w2))
         y.backward(upstream)
@@ -175,7 +157,7 @@ def test_a_token_travels_once_per_rank_not_once_per_expert(chunks):
         x, expert, gate, _ = data(dist.get_rank(), "plain")
         count = lambda x, slots, gates, *w: rows.append(len(x)) or x * 0  # noqa: E731
         with torch.no_grad():
-            make(f"collective {chunks}")(x, routing(expert, gate), count, weights())
+            make(f"collective {chunks}")(x, routing(expert, gate), count, fake_experts(E, D, H))
         return expert, sum(rows)
 
     ranks = run_ranks(one, WORLD)

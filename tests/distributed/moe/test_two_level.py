@@ -20,7 +20,7 @@ from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.kept import Kept
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_routing
+from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
 from moetrain.testing.peer import FileMemory
 
 pytestmark = pytest.mark.distributed
@@ -39,33 +39,15 @@ def imported():
 
 def data(rank, case):
     """Different tokens on every rank, unused slots, ranks and nodes without a token."""
-    g = torch.Generator().manual_seed(100 * CASES.index(case) + rank)
     tokens = 0 if case == "nothing" else [MOST, 0, MOST - 2, 7][(rank + CASES.index(case)) % WORLD]
-    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
-    expert[torch.rand(tokens, K, generator=g) < 0.2] = -1
+    x, expert, gate, upstream = fake_tokens(tokens, D, E, K, seed=100 * CASES.index(case) + rank, unused=0.2)
     if case == "one_node_only":
         expert = expert.clamp(max=E // 2 - 1)
         expert = torch.where(expert == expert.roll(1, 1), -1, expert)
     if case == "all_to_one_expert":
         expert = torch.full((tokens, K), -1)
         expert[:, 1] = 5
-    x = torch.randn(tokens, D, generator=g, dtype=torch.float64).requires_grad_()
-    gate = torch.rand(tokens, K, generator=g, dtype=torch.float64).requires_grad_()
-    return x, expert, gate, torch.randn(tokens, D, generator=g, dtype=torch.float64)
-
-
-@functools.cache
-def weights():
-    g = torch.Generator().manual_seed(7)
-    return (
-        torch.randn(E, 2, H, D, generator=g, dtype=torch.float64),
-        torch.randn(E, D, H, generator=g, dtype=torch.float64),
-    )
-
-
-def own_weights():
-    block = slice(dist.get_rank() * E // WORLD, (dist.get_rank() + 1) * E // WORLD)
-    return tuple(t[block].clone().requires_grad_() for t in weights())
+    return x, expert, gate, upstream
 
 
 def routing(expert, gate, kept=None):
@@ -93,7 +75,7 @@ def make(inside, directory, chunks, jitter=0.0):
 def one_rank(inside, directory, chunks, jitter=0.0):
     """1F1B in miniature: all cases forward, another communicator's sums between, then backward, oldest first."""
     other = dist.new_group(list(range(WORLD)))
-    dispatcher, w, under_way = make(inside, directory, chunks, jitter), own_weights(), []
+    dispatcher, w, under_way = make(inside, directory, chunks, jitter), own_experts(fake_experts(E, D, H)), []
     for case in CASES:
         x, expert, gate, upstream = data(dist.get_rank(), case)
         work = dist.all_reduce(torch.ones(1000), group=other, async_op=True)
@@ -107,7 +89,7 @@ def one_rank(inside, directory, chunks, jitter=0.0):
 @functools.cache
 def one_process():
     """Per case and rank (y, dx, dgate), and the weights' gradients over all cases."""
-    w, found = tuple(t.clone().requires_grad_() for t in weights()), []
+    w, found = tuple(t.requires_grad_() for t in fake_experts(E, D, H)), []
     for case in CASES:
         of_rank = []
         for rank in range(WORLD):
@@ -151,7 +133,7 @@ def crossings(directory, monkeypatch_target):
         return plain(x, send, receive, group)
 
     monkeypatch_target.start_all_to_all = noted
-    dispatcher, w, results = over_files(directory, 1), own_weights(), []
+    dispatcher, w, results = over_files(directory, 1), own_experts(fake_experts(E, D, H)), []
     for case in CASES[:2]:
         x, expert, gate, upstream = data(dist.get_rank(), case)
         calls.clear()
@@ -184,7 +166,7 @@ def test_a_row_crosses_once_to_each_node_and_comes_home_once(tmp_path):
 
 def recomputed(directory):
     """A layer whose first pass keeps nothing, as parallel.recompute=full has it (moe/kept.py)."""
-    dispatcher, w = over_files(directory, 3), own_weights()
+    dispatcher, w = over_files(directory, 3), own_experts(fake_experts(E, D, H))
     x, expert, gate, upstream = data(dist.get_rank(), "uneven")
     kept = Kept()
 

@@ -15,7 +15,7 @@ from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.wire import decode, encode
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_routing
+from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
 
 pytestmark = pytest.mark.distributed
 D, H, E, K, WORLD, T = 16, 6, 1000, 3, 4, 9  # more experts than any 8-bit label could count
@@ -31,20 +31,12 @@ BUILDS = {
 
 def data(rank):
     """Rows of very different sizes, one of zeros; a rank with fewer tokens."""
-    g = torch.Generator().manual_seed(rank)
     tokens = T - 4 * (rank == 1)
-    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
-    expert[torch.rand(tokens, K, generator=g) < 0.2] = -1
-    x = torch.randn(tokens, D, generator=g, dtype=torch.float64) * torch.logspace(-3, 3, tokens)[:, None].double()
-    x[2] = 0
-    gate = torch.rand(tokens, K, generator=g, dtype=torch.float64).requires_grad_()
-    return x.requires_grad_(), expert, gate, torch.randn(tokens, D, generator=g, dtype=torch.float64)
-
-
-def weights():
-    g = torch.Generator().manual_seed(7)
-    w_gate_up = torch.randn(E, 2, H, D, generator=g, dtype=torch.float64)
-    return w_gate_up, torch.randn(E, D, H, generator=g, dtype=torch.float64)
+    x, expert, gate, upstream = fake_tokens(tokens, D, E, K, seed=rank, unused=0.2)
+    with torch.no_grad():
+        x *= torch.logspace(-3, 3, tokens)[:, None]
+        x[2] = 0
+    return x, expert, gate, upstream
 
 
 def routing(expert, gate):
@@ -55,8 +47,7 @@ def one_rank(name):
     dispatcher = BUILDS[name][1]()
     dispatcher.fp8 = True
     x, expert, gate, upstream = data(dist.get_rank())
-    block = slice(dist.get_rank() * E // WORLD, (dist.get_rank() + 1) * E // WORLD)
-    w = tuple(t[block].clone().requires_grad_() for t in weights())
+    w = own_experts(fake_experts(E, D, H))
     y = dispatcher(x, routing(expert, gate), ReferenceExperts(), w)
     y.backward(upstream)
     after = torch.ones(3)
@@ -68,7 +59,7 @@ def one_rank(name):
 def test_only_hidden_states_of_others_are_rounded(name):
     """The reference rounds a token for experts of other nodes, and takes its gradient as if it had not."""
     node_size = BUILDS[name][0]
-    ranks, w = run_ranks(one_rank, WORLD, name), tuple(t.requires_grad_() for t in weights())
+    ranks, w = run_ranks(one_rank, WORLD, name), tuple(t.requires_grad_() for t in fake_experts(E, D, H))
     for rank in range(WORLD):
         x, expert, gate, upstream = data(rank)
         rounded = x + (decode(*encode(x.detach()), torch.float64) - x).detach()
@@ -89,7 +80,7 @@ def sent(name):
     dispatcher.fp8 = True
     collective.start_all_to_all = lambda x, *counts: moved.append((x.dtype, x.shape[1])) or plain(x, *counts)
     x, expert, gate, upstream = data(dist.get_rank())
-    w = tuple(t.chunk(WORLD)[dist.get_rank()].clone().requires_grad_() for t in weights())
+    w = own_experts(fake_experts(E, D, H))
     dispatcher(x, routing(expert, gate), ReferenceExperts(), w).backward(upstream)
     return moved
 

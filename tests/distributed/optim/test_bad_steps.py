@@ -12,12 +12,13 @@ from moetrain.checkpoint.store import CheckpointStore
 from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.testing import RankFailure, run_ranks
-from moetrain.testing.small import TINY_RUN
+from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 TINY = [
-    *TINY_RUN,
+    "experiment=quickstart",
+    *SMALLEST_MODEL,
     "train.micro_batch=1",
     "train.eval_every=0",
     "train.steps=8",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moetrain.moe import placement
+from moetrain.observe.metrics import MEASURED
 from moetrain.optim.build import build_optimizer
 from moetrain.parallel import placement as moves
 from moetrain.testing import RankFailure, run_ranks
@@ -49,8 +50,7 @@ def moved(run):
 
 
 def timeless(row):
-    times = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_gb", "checkpoint_time_s")
-    return {key: value for key, value in row.items() if key not in times}
+    return {key: value for key, value in row.items() if key not in MEASURED}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

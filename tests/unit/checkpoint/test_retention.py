@@ -10,6 +10,7 @@ from torch import nn
 from moetrain.checkpoint.retention import Retention, val_loss
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.optim import adamw
+from moetrain.testing.checkpoints import save_trained
 
 pytestmark = pytest.mark.unit
 LOSSES = {10: 5.0, 20: 3.0, 30: None, 40: 3.5, 50: 3.0, 60: 4.0, 70: None}
@@ -52,6 +53,21 @@ def test_damaged_steps_are_neither_counted_nor_deleted(tmp_path):
     expendable = Retention(keep=1).expendable(keeper.steps())
     assert [path.name for path in expendable] == ["step_00000010"]  # 20 is the newest intact one
     assert val_loss(keeper.steps()[1]) == 3.0
+
+
+def test_superseded_steps_and_damaged_ones_are_not_counted(tmp_path):
+    for step in (1, 2, 3):
+        save_trained(tmp_path, step, keep=2)
+    keeper = CheckpointStore(tmp_path, keep=2)
+    assert [p.name for p in keeper.steps()] == ["step_00000002", "step_00000003"]
+    (moved,) = keeper.set_aside_newer(2)
+    assert moved.startswith("step_00000003.superseded-")
+    assert keeper.latest() == keeper.root / "step_00000002"
+    os.truncate(keeper.steps()[0] / "model" / "__0_0.distcp", 10)
+    save_trained(tmp_path, 4, keep=1)  # damaged ones are not counted, and left for a human to look at
+    assert [p.name for p in keeper.steps()] == ["step_00000002", "step_00000004"]
+    with pytest.raises(ValueError, match=r"checkpoint.keep is -1; the nearest legal value is 0"):
+        CheckpointStore(tmp_path, keep=-1)
 
 
 @pytest.mark.parametrize("key", ["keep", "keep_every", "keep_best"])

@@ -9,7 +9,7 @@ import pytest
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.config.compose import load_config
 from moetrain.config.inherit import inherit
-from moetrain.train import complete
+from moetrain.train import run_config
 
 pytestmark = pytest.mark.unit
 
@@ -77,7 +77,7 @@ def test_a_dense_checkpoint_leaves_the_router_alone():
 def test_a_run_to_be_resumed_needs_its_source_no_more(tmp_path, monkeypatch):
     overrides = ["init.from=gone", f"run.dir={tmp_path}"]
     with pytest.raises(ValueError, match="gone is not a directory"):
-        complete(load_config(overrides), overrides)
+        run_config(overrides)
     monkeypatch.setattr(CheckpointStore, "latest", lambda self: Path("own"))
     monkeypatch.setattr("moetrain.checkpoint.stored.stored_config", lambda path: load_config(STORED))
-    assert complete(load_config(overrides), overrides).model.name == "imported"
+    assert run_config(overrides).model.name == "imported"

@@ -10,6 +10,7 @@ import torch
 from moetrain.checkpoint.hf.translate import choose as choose_family
 from moetrain.config.compose import load_config
 from moetrain.config.plugins import check_plugins
+from moetrain.moe.router.common import top_k
 from moetrain.moe.router.softmax import SoftmaxTopK
 from moetrain.moe.router.warmup import WarmupSoftmaxTopK, token_noise
 from moetrain.testing.fake import fake_context
@@ -57,6 +58,14 @@ def test_afterwards_and_in_evaluations_it_is_the_plain_router():
     assert torch.equal(late.expert_TK, want.expert_TK)
     assert torch.equal(late.gate_TK, want.gate_TK)
     assert torch.equal(build(warmup_steps=0)(x, context).expert_TK, want.expert_TK)
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_the_selection_score_is_the_one_that_chose(order):
+    x, context = inputs()
+    bias = torch.linspace(-1.0, 1.0, E, dtype=torch.float64)
+    routing = build(warmup_steps=4, order=order)(x, replace(context, step=3), bias)
+    assert torch.equal(top_k(routing.selection_TE, K), routing.expert_TK)
 
 
 def test_at_first_every_expert_gets_its_share():

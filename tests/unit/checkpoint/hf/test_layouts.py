@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,12 +19,9 @@ from moetrain.checkpoint.stored import stored_config
 from moetrain.checkpoint.use import resolve
 from moetrain.cli import main
 from moetrain.config.compose import load_config
+from moetrain.testing import hf_families as tiny
 
 pytestmark = pytest.mark.unit
-
-_spec = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("tiny_families.py"))
-tiny = sys.modules.setdefault("tiny_families", importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(tiny)
 
 
 def _imported(source: Path, out: Path) -> dict[str, torch.Tensor]:

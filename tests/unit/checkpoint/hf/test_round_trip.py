@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from moetrain.checkpoint.hf.load import import_hf
 from moetrain.checkpoint.hf.save import export_hf
 from moetrain.checkpoint.stored import stored_config
+from moetrain.testing import hf_families as tiny
 
 pytestmark = pytest.mark.unit
-
-_spec = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("tiny_families.py"))
-tiny = sys.modules.setdefault("tiny_families", importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(tiny)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -1,19 +1,22 @@
-"""A random model of each family, small, with nothing at the value an initialiser gives it."""
+"""A random model of each family of transformers, small, with nothing at the value an initialiser gives it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetrain.checkpoint.use import load_weights, resolve
+from moetrain.config.schema import Config
 from moetrain.model.build import build_model
 from moetrain.model.generate import one_document
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -25,8 +28,8 @@ COMMON = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-_TOP_2 = {"num_experts_per_tok": 2}
-_DEEPSEEK = {
+_TOP_2: dict[str, Any] = {"num_experts_per_tok": 2}
+_DEEPSEEK: dict[str, Any] = {
     **_TOP_2,
     "n_routed_experts": 8,
     "moe_intermediate_size": 24,
@@ -54,7 +57,7 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3, "attention_bias": True},
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen2": {"tie_word_embeddings": True},
@@ -82,7 +85,7 @@ FAMILIES = {
 }
 
 
-def make(family: str, directory: Path, **save) -> torch.nn.Module:
+def make(family: str, directory: Path, **save: Any) -> nn.Module:
     """Save a random model of the family and return it. Every tensor is noisy: a swapped or skipped one shows."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})).eval()
@@ -95,32 +98,36 @@ def make(family: str, directory: Path, **save) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def their_logits(model: torch.nn.Module) -> torch.Tensor:
+def their_logits(model: nn.Module) -> Tensor:
+    """Of a model of transformers, for TOKENS_BS."""
     return model(TOKENS_BS).logits
 
 
 @torch.no_grad()
-def our_logits(checkpoint: Path, config) -> torch.Tensor:
+def our_logits(checkpoint: Path, config: Config) -> Tensor:
+    """Of a checkpoint of ours, for TOKENS_BS."""
     model = build_model(config, "cpu")
     load_weights(resolve(checkpoint), model)
     return model(TOKENS_BS, one_document(TOKENS_BS))
 
 
-def reload(directory: Path) -> torch.nn.Module:
+def reload(directory: Path) -> nn.Module:
     """What transformers makes of a directory; it must neither miss a tensor nor be left with one."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, info = loaded
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
 
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found = {}
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Of all safetensors files in a directory."""
+    found: dict[str, Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         found |= load_file(path)
     return found
 
 
-def edit_config(directory: Path, **changes) -> None:
+def edit_config(directory: Path, **changes: Any) -> None:
     """Change keys of config.json; None removes one."""
     path = directory / "config.json"
     content = {**json.loads(path.read_text()), **changes}
