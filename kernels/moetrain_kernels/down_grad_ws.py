@@ -269,5 +269,5 @@ def down_grad_ws(
         rows,
     )
     constants = {"F": num_f, "D": num_d, "K": plan.top_k, "COUNTER": COUNTERS["down_grad"], "TAIL": TAIL_ROWS}
-    launch_ring(launch_down_grad, ring, plan.tiles_M3.shape[0] * num_n, args, constants, (72, 216))
+    launch_ring(launch_down_grad, ring, args, constants, (72, 216))
     return part_RP

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .gemm_ws import rows_ws
-from .launch import Launcher, Ring, Tiles, block_desc, cdiv, programs
+from .launch import Launcher, Ring, Tiles, block_desc, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, load_block, load_tokens, locate_tile, store_block
 
@@ -106,7 +106,7 @@ def grouped_gemm(
     a_desc = block_desc(a, (tiles.bm, tiles.bk), tiles.tma and not gather)  # a gradient from outside may be unaligned
     w_desc = block_desc(w_rows, w_block, tiles.tma)
     out_desc = block_desc(out_RN.view(-1, 1, num_n), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
-    p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_n, tiles.bn))
+    p = programs(tiles)
     args = (
         a_desc,
         a,

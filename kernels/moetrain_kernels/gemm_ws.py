@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .launch import Launcher, Ring, cdiv, launch_ring
+from .launch import Launcher, Ring, launch_ring
 from .plan import COUNTERS, RowPlan
 from .ws import (
     HALF,
@@ -250,7 +250,6 @@ def rows_ws(
     """
     num_n, num_c = (w.shape[-1], w.shape[-2]) if transposed else (w.shape[-2], w.shape[-1])
     out_descs = [ragged_desc(out, (64, ring.cols)) for out in outs]
-    num_tiles = plan.tiles_M3.shape[0] * cdiv(num_n, ring.bn)
     args = (
         a if up else ring_desc(a, (128, ring.bk)),
         a,
@@ -271,4 +270,4 @@ def rows_ws(
         "BUFS": ring.bufs,
         "COUNTER": COUNTERS["up" if up else "dx" if transposed else "down"],
     }
-    launch_ring(launch_rows, ring, num_tiles, args, constants, (72, 216) if up else (24, 240))
+    launch_ring(launch_rows, ring, args, constants, (72, 216) if up else (24, 240))

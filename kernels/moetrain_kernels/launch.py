@@ -99,20 +99,22 @@ def device_traits(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_properties(device).multi_processor_count, 10 * major + minor
 
 
-def programs(tiles: Tiles, num_tiles: int) -> int:
-    """Persistent programs for at most `num_tiles` tiles."""
-    return max(1, min(tiles.sms * tiles.per_sm, num_tiles))
+def programs(tiles: Tiles | Ring) -> int:
+    """Persistent programs, of which some may find no tile.
+
+    Kernels are compiled for this number. If it followed the rows, every routing of a small layer would have kernels
+    of its own, at seconds each.
+    """
+    return tiles.sms * getattr(tiles, "per_sm", 1)
 
 
-def launch_ring(
-    launch: Launcher, ring: Ring, num_tiles: int, args: tuple, constants: dict, registers: tuple[int, int]
-) -> None:
-    """Launch a warp-specialised kernel for at most `num_tiles` tiles; `registers` a thread of (producer, consumers).
+def launch_ring(launch: Launcher, ring: Ring, args: tuple, constants: dict, registers: tuple[int, int]) -> None:
+    """Launch a warp-specialised kernel; `registers` a thread of (producer, consumers).
 
     `constants` come before the ring's own in the kernel's signature. Compiled for 168 registers, which three groups of
     128 threads have; the partitions then share them anew.
     """
-    p = max(1, min(ring.sms, num_tiles))
+    p = programs(ring)
     blocks = {"BN": ring.bn, "BK": ring.bk, "GROUP": ring.group, "P": p, "STAGES": ring.stages}
     share = {"PRODUCER_REGS": registers[0], "CONSUMER_REGS": registers[1]}
     launch((p, 1, 1), args, {**constants, **blocks, **share}, num_warps=4, maxnreg=168)

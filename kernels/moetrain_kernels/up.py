@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .gemm_ws import rows_ws
-from .launch import Launcher, Ring, Tiles, block_desc, cdiv, programs
+from .launch import Launcher, Ring, Tiles, block_desc, programs
 from .plan import RowPlan
 from .tiles import column_part, gather_rows, halves, load_tokens, locate_tile, sigmoid, store_block
 
@@ -116,7 +116,7 @@ def up_swiglu(
     w_desc = block_desc(w_gate_up_E2FD.view(2 * num_experts, num_f, num_d), (2, tiles.bn, tiles.bk), tiles.tma)
     h_desc = block_desc(h_R2F.view(-1, 2, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
     a_desc = block_desc(a_RF.view(-1, 1, num_f), (tiles.bm, 1, tiles.bn // tiles.split), tiles.tma)
-    p = programs(tiles, plan.tiles_M3.shape[0] * cdiv(num_f, tiles.bn))
+    p = programs(tiles)
     args = (
         x_TD,
         w_desc,

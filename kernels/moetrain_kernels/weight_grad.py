@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, Ring, Tiles, block_desc, cdiv, power_of_2, programs
+from .launch import Launcher, Ring, Tiles, block_desc, power_of_2, programs
 from .spans import WeightRows
 from .tiles import column_part, load_block
 from .weight_grad_ws import weight_grad_ws
@@ -200,7 +200,7 @@ def weight_grad(
     cols = tiles.bn // tiles.split
     r_desc = block_desc(r_RN, (tiles.bk, tiles.bn), tiles.tma)
     out_desc = block_desc(out_E, (1, cols, tiles.bm) if flip else (1, tiles.bm, cols), tiles.tma)
-    p = programs(tiles, num_experts * cdiv(num_m, tiles.bm) * cdiv(num_n, tiles.bn))
+    p = programs(tiles)
     steps_P = torch.empty(p, dtype=torch.int32, device=r_RN.device)
     args = (x_TM, r_desc, r_RN, out_desc, out_E, rows.slot_R, rows.spans_E, rows.bases_P4, steps_P, r_RN.shape[0])
     constants = {

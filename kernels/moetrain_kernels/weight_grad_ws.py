@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .launch import Launcher, Ring, cdiv, launch_ring
+from .launch import Launcher, Ring, launch_ring
 from .spans import WeightRows
 from .weight_tiles import count_turns, locate, rows_of
 from .ws import (
@@ -245,7 +245,6 @@ def weight_grad_ws(
 ) -> None:
     """Fill `out_E` [E, M, N], or [E, N, M] if `flip`: per expert the sum over its rows of outer(x[token], r[row])."""
     num_m, num_n = x_TM.shape[1], r_RN.shape[1]
-    num_tiles = out_E.shape[0] * cdiv(num_m, 128) * cdiv(num_n, ring.bn)
     args = (
         x_TM,
         ring_desc(r_RN, (ring.bk, ring.bn)),
@@ -264,4 +263,4 @@ def weight_grad_ws(
         "BUFS": ring.bufs,
         "PIECES": rows.pieces,
     }
-    launch_ring(launch_weight_grad, ring, num_tiles, args, constants, (72, 216))
+    launch_ring(launch_weight_grad, ring, args, constants, (72, 216))

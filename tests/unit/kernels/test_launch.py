@@ -50,3 +50,25 @@ def test_constants_come_in_the_order_of_the_kernels_signature(arch, monkeypatch)
     compile_check.compile_pieces(torch.bfloat16, 1024)
     compile_check.compile_model()
     assert [launch for launch in launches if launch[1] != launch[2]] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_another_number_of_rows_compiles_nothing_anew(arch, dtype, monkeypatch):
+    """Rows that arrive from other ranks differ in number with every step; a compilation takes seconds."""
+    launches = []
+
+    def record(launcher, grid, args, constants, **options):
+        launches.append((launcher.kernel.fn.__name__, constants, options))
+
+    monkeypatch.setattr(Launcher, "__call__", record)
+    monkeypatch.setattr(configs, "device_traits", lambda device: (132, arch))
+    monkeypatch.setattr(compile_check.pieces, "check", lambda *args: None)
+    found = []
+    for num_tokens in (400, 500):
+        compile_check.compile_layer(dtype, num_tokens)
+        compile_check.compile_pieces(dtype, num_tokens)
+        found.append(launches[:])
+        launches.clear()
+    assert found[0] == found[1]
+    assert len(found[0]) > 12
