@@ -10,6 +10,7 @@ from .launch import Launcher, Ring, cdiv, launch_ring
 from .plan import COUNTERS, RowPlan
 from .swiglu_grad import TAIL_ROWS
 from .ws import (
+    FLAT,
     HALF,
     column_part,
     gathered,
@@ -206,7 +207,6 @@ def down_grad_ws_kernel(
     """b = dy[token] @ w_down, never stored; from it and H: dh, gate * act, and per column tile part = <b, act>."""
     BM: gl.constexpr = 2 * HALF
     dtype: gl.constexpr = dh_desc.dtype
-    FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     _zero_tail(dh_ptr, sizes_6, num_rows, 2 * F, TAIL, P)
     _zero_tail(a_ptr, sizes_6, num_rows, F, TAIL, P)
     num_m = gl.load(sizes_6)

@@ -8,6 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from .launch import Launcher, Ring, launch_ring
 from .plan import COUNTERS, RowPlan
 from .ws import (
+    FLAT,
     HALF,
     column_part,
     gathered,
@@ -198,7 +199,6 @@ def rows_ws_kernel(
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     dtype: gl.constexpr = out_desc.dtype
-    FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     num_m = gl.load(sizes_6)
     box, told, heard = make_box()
     full, empty = make_barriers(STAGES, 1 + 128 if UP else 1)

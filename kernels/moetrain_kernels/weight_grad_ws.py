@@ -9,6 +9,7 @@ from .launch import Launcher, Ring, launch_ring
 from .spans import WeightRows
 from .weight_tiles import count_turns, locate, rows_of
 from .ws import (
+    FLAT,
     HALF,
     column_part,
     make_barriers,
@@ -211,7 +212,6 @@ def weight_grad_ws_kernel(
     BM: gl.constexpr = 2 * HALF
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
     dtype: gl.constexpr = out_desc.dtype
-    FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     full, empty = make_barriers(STAGES, 1 + 128)
     left = gl.allocate_shared_memory(dtype, [STAGES, BK, BM], FLAT)
     left_halves = left._reinterpret(dtype, [2 * STAGES, BK, HALF], FLAT)  # columns lie in slabs of 64

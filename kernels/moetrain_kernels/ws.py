@@ -22,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 RAGGED = gl.constexpr(1 << 30)
 HALF = gl.constexpr(64)  # rows of a consumer: the height of one wgmma
+FLAT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
 @gluon.jit
