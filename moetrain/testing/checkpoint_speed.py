@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import torch
@@ -102,7 +102,9 @@ def _blocks(trainer: Trainer, steps: int, until: float) -> dict[str, Any]:
                 written += [outcome.seconds if outcome.path else float("nan") for outcome in trainer.saver.finished()]
         go_on = gather(lambda: time.perf_counter() < until)[0]
     tokens = trainer.config.train.global_batch * trainer.config.train.seq_len
-    plain_s, cost_s = mean(seconds[False]) / steps * EVERY, mean(seconds[True]) - mean(seconds[False])
+    # A save's cost is taken within pairs: the first blocks of a process are slower, with a save or without.
+    plain_s = median(seconds[False]) / steps * EVERY
+    cost_s = median(with_save - without for with_save, without in zip(seconds[True], seconds[False]))
     return {
         "tokens_per_s_without": EVERY * tokens / plain_s,
         "tokens_per_s_with": EVERY * tokens / (plain_s + cost_s),
