@@ -6,7 +6,7 @@ Expert parallelism over all ranks, Megatron's own "alltoall" dispatcher, Grouped
 added and reduced in fp32, reduction and gather overlapped) and DistributedOptimizer (fp32 master weights and moments),
 bf16 compute, no recomputation. Without TransformerEngine and APEX, so its fused permutation, rotation, norms and
 gradient norm are not there; what it takes from torch instead: RMSNorm, AdamW (fused), torch.compile for its small
-kernels, and, through the adapters below, grouped_mm for the grouped_gemm package and our SDPA call for attention.
+kernels, and, through megatron_parts.py, grouped_mm for the grouped_gemm package and our SDPA call for attention.
 The model is the same to the last parameter: norms of heads, untied head, router scores in fp32, gates renormalised.
 Not the same: master weights start from values rounded to bf16, and decay spares vectors, as Megatron has it. Balance
 losses of natural routing are Megatron's. Writes the same rows as metrics.jsonl to OUT.
@@ -114,6 +114,8 @@ def transformer_config(config: Config, dtype: torch.dtype) -> Any:
             f"model={shape.name}: the Megatron peer knows layers like those of qwen3_30b_a3b, mixtral_8x7b"
         )
     switch = config.balance.get("switch", {"scope": "sequence", "coefficient": 0.0})
+    if set(config.balance) - {"switch"} or switch["scope"] not in BALANCE:
+        raise ValueError(f"balance={list(config.balance)}: the Megatron peer knows switch, of {' or '.join(BALANCE)}")
     # Megatron divides its loss of the global batch by all ranks' tokens, and DDP the sum of the gradients by the ranks.
     again = dist.get_world_size() if switch["scope"] == "global_batch" else 1
     return TransformerConfig(

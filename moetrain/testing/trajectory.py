@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.comm.shards import local
 from moetrain.comm.start import start_distributed
-from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.parallel.initialize import local_part
+from moetrain.train import run_config
 from moetrain.trainer import Trainer
 
 
@@ -48,12 +48,17 @@ def record(overrides: list[str], steps: int) -> tuple[list[Step], dict[str, Tens
     return recorded, weights
 
 
-def open_trainer(overrides: list[str]) -> Trainer:
-    """A trainer on the ranks that are running, or in a world of one: checkpoint restored, log open. Collective."""
-    config = load_config(overrides)
+def new_trainer(overrides: list[str]) -> Trainer:
+    """A trainer on the ranks that are running, or in a world of one: checkpoint restored, to `fit`. Collective."""
+    config = run_config(overrides)
     alone = not dist.is_initialized()
     layout = validate(config, 1 if alone else dist.get_world_size())
-    trainer = Trainer(config, layout, start_distributed() if alone else _rank_device())
+    return Trainer(config, layout, start_distributed() if alone else _rank_device())
+
+
+def open_trainer(overrides: list[str]) -> Trainer:
+    """A `new_trainer` whose log is open: for steps one by one."""
+    trainer = new_trainer(overrides)
     trainer.log.start(trainer.step, {})
     return trainer
 

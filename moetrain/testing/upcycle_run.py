@@ -16,13 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from moetrain.config.validate import validate
 from moetrain.testing.ranks import run_ranks
-from moetrain.train import run_config
-from moetrain.trainer import Trainer
+from moetrain.testing.trajectory import new_trainer
 from moetrain.upcycle.convert import build_initializer, convert
 
 LR = 0.002
@@ -59,14 +54,13 @@ class Plan:
 
 def train(overrides: list[str]) -> float:
     """One training run on the ranks that are there; returns its last held-out loss."""
-    config = run_config(overrides)
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"))
+        trainer = new_trainer(overrides)
         try:
             trainer.fit()
         finally:
             trainer.close()
-    rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
     return next(row["val_loss"] for row in reversed(rows) if "val_loss" in row)
 
 

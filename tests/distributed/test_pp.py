@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.moe.router.softmax import SoftmaxTopK
 from moetrain.optim.clip import grad_norm
 from moetrain.parallel import pp
 from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALL_MODEL
-from moetrain.testing.trajectory import compare, record
+from moetrain.testing.trajectory import compare, new_trainer, record
 from moetrain.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
@@ -143,9 +141,7 @@ def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monke
 
 
 def fit(overrides):
-    config = load_config(overrides)
-    layout = validate(config, torch.distributed.get_world_size())
-    trainer = Trainer(config, layout, torch.device("cpu"))
+    trainer = new_trainer(overrides)
     try:
         trainer.fit()
     finally:

@@ -7,13 +7,10 @@ import random
 import pytest
 import torch
 
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.observe.metrics import MEASURED
 from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALLEST_MODEL
-from moetrain.testing.trajectory import whole
-from moetrain.trainer import Trainer
+from moetrain.testing.trajectory import new_trainer, whole
 
 pytestmark = pytest.mark.distributed
 STEPS, EVERY = 200, 7
@@ -35,8 +32,7 @@ OVERRIDES = [
 
 def train(run_dir, die_after=None):
     """One run on this rank; `die_after` kills the process before that step's row is complete on disk."""
-    config = load_config([*OVERRIDES, f"run.dir={run_dir}"])
-    trainer = Trainer(config, validate(config, 2), torch.device("cpu"))
+    trainer = new_trainer([*OVERRIDES, f"run.dir={run_dir}"])
     started_at = trainer.step
     if die_after is not None:
         step = trainer.train_step
@@ -78,8 +74,7 @@ def test_samples_of_the_ranks_are_disjoint_and_their_union_is_the_single_process
     short = ["train.steps=3", "train.eval_every=3", "train.precision=fp64", "balance.switch.scope=sequence"]
 
     def run(world, directory):
-        config = load_config([*OVERRIDES, *short, f"run.dir={directory}", f"parallel.ep={world}"])
-        trainer = Trainer(config, validate(config, world), torch.device("cpu"))
+        trainer = new_trainer([*OVERRIDES, *short, f"run.dir={directory}", f"parallel.ep={world}"])
         trainer.fit()
         trainer.close()
 

@@ -3,16 +3,13 @@
 import pytest
 import torch
 
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.mesh.build import Meshes
 from moetrain.moe.balance import switch
 from moetrain.moe.experts.pieces import CallPieces
 from moetrain.parallel import tp
 from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALL_MODEL
-from moetrain.testing.trajectory import flips, record, whole, worst
-from moetrain.trainer import Trainer
+from moetrain.testing.trajectory import flips, new_trainer, record, whole, worst
 
 pytestmark = pytest.mark.distributed
 BAR = 1e-9
@@ -132,8 +129,7 @@ def test_a_broken_reduction_is_noticed(fault, documents, single, tmp_path, monke
 
 def train(options, steps):
     """Steps done before and after, weights, and optimizer state, all whole."""
-    config = load_config([*options, f"train.steps={steps}"])
-    trainer = Trainer(config, validate(config, torch.distributed.get_world_size()), torch.device("cpu"))
+    trainer = new_trainer([*options, f"train.steps={steps}"])
     first = trainer.step
     trainer.fit()
     state = {name: whole(p) for name, p in trainer.model.named_parameters()}

@@ -9,14 +9,11 @@ import pytest
 import torch
 
 from moetrain.checkpoint.use import read_trainer_state
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.moe.balance.bias import SelectionBias
 from moetrain.observe.metrics import MEASURED
 from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALLEST_MODEL
-from moetrain.testing.trajectory import whole
-from moetrain.trainer import Trainer
+from moetrain.testing.trajectory import new_trainer, whole
 
 pytestmark = pytest.mark.distributed
 TINY = [
@@ -31,7 +28,6 @@ TINY = [
 
 def _train(run_dir, *overrides):
     """One run on this rank: its first step, the random numbers that a plugin drew each step, and the weights."""
-    config = load_config([*TINY, f"run.dir={run_dir}", *overrides])
     drawn, plain = {}, SelectionBias.before_step
 
     def before_step(plugin, count_E):
@@ -39,7 +35,7 @@ def _train(run_dir, *overrides):
         plain(plugin, count_E)
 
     SelectionBias.before_step = before_step  # a forked rank's own
-    trainer = Trainer(config, validate(config, torch.distributed.get_world_size()), torch.device("cpu"))
+    trainer = new_trainer([*TINY, f"run.dir={run_dir}", *overrides])
     first = trainer.step
     trainer.fit()
     weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}

@@ -9,14 +9,11 @@ import signal
 import subprocess
 
 import pytest
-import torch
 
 from moetrain.checkpoint import manifest
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.testing import run_ranks
 from moetrain.testing.small import SMALLEST_MODEL
-from moetrain.trainer import Trainer
+from moetrain.testing.trajectory import new_trainer
 
 pytestmark = pytest.mark.distributed
 TINY = [
@@ -29,10 +26,9 @@ TINY = [
 ]
 
 
-def train(overrides, world):
+def train(overrides):
     """One run on this rank; returns its notes."""
-    config = load_config([*TINY, *overrides])
-    trainer = Trainer(config, validate(config, world), torch.device("cpu"))
+    trainer = new_trainer([*TINY, *overrides])
     notes = []
     trainer.log.note = notes.append
     try:
@@ -47,11 +43,10 @@ def rows(run_dir):
 
 
 def test_background_saves_equal_those_in_the_loop_to_the_byte(tmp_path):
-    world = 4
     common = ["parallel.ep=2", "parallel.tp=2", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=0"]
     for name in ("now", "later"):
         mode = [f"checkpoint.asynchronous={name == 'later'}", f"run.dir={tmp_path / name}"]
-        run_ranks(train, world, [*common, *mode], world)
+        run_ranks(train, 4, [*common, *mode])
     for step in (2, 4, 6, 8):
         now, later = (tmp_path / name / "checkpoints" / f"step_{step:08d}" for name in ("now", "later"))
         assert manifest.problems(later, None) == []
@@ -76,14 +71,14 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def _limited(overrides, world, limit):
+def _limited(overrides, limit):
     """Files that grow past `limit` bytes fail on rank 1, which stands in for a quota where nothing can be mounted."""
     import resource
 
     if int(os.environ["RANK"]) == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return train(overrides, world)
+    return train(overrides)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -94,15 +89,14 @@ def test_a_full_disk_stops_the_save_and_not_the_run(tmp_path, small_disk, asynch
     overrides.append(f"checkpoint.asynchronous={asynchronous}")
     if small_disk is None:
         with pytest.raises(Exception, match="the run ends at step 12 and its last checkpoint is of -1"):
-            run_ranks(_limited, world, overrides, world, 10_000)
+            run_ranks(_limited, world, overrides, 10_000)
     else:
         run_dir.mkdir()
         (run_dir / "checkpoints").symlink_to(small_disk, target_is_directory=True)
         (small_disk / "ballast").write_bytes(bytes(3_000_000))
 
         def run():
-            config = load_config([*TINY, *overrides])
-            trainer = Trainer(config, validate(config, world), torch.device("cpu"))
+            trainer = new_trainer([*TINY, *overrides])
             notes, step = [], trainer.train_step
 
             def freed(stop=False):

@@ -9,11 +9,9 @@ import torch
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.testing import RankFailure, run_ranks
 from moetrain.testing.small import SMALLEST_MODEL
-from moetrain.trainer import Trainer
+from moetrain.testing.trajectory import new_trainer
 
 pytestmark = pytest.mark.distributed
 TINY = [
@@ -36,8 +34,7 @@ def run(overrides, poisoned=(), times=1, weights_at=None, before=lambda: None):
     """
 
     def rank():
-        config = load_config([*TINY, *overrides])
-        trainer = Trainer(config, validate(config, 2), torch.device("cpu"))
+        trainer = new_trainer([*TINY, *overrides])
         plain, notes, tried = trainer._accumulate, [], {}
         trainer.log.note = notes.append
 

@@ -10,13 +10,10 @@ import pytest
 import torch
 
 from moetrain import trainer
-from moetrain.config.compose import load_config
-from moetrain.config.validate import validate
 from moetrain.data.batch import Batch
 from moetrain.testing import run_ranks
 from moetrain.testing.small import SMALL_MODEL
-from moetrain.testing.trajectory import compare, record, whole
-from moetrain.trainer import Trainer
+from moetrain.testing.trajectory import compare, new_trainer, record, whole
 
 pytestmark = pytest.mark.distributed
 STEPS, BAR = 5, 1e-9  # scripts/invariance.sh takes 20
@@ -130,9 +127,8 @@ def test_a_fault_is_noticed(fault, documents, single, tmp_path, monkeypatch):
     assert max(difference.loss, difference.norm, difference.gradient) > 1e-6, f"{fault} went unnoticed: {difference}"
 
 
-def fit(options, world):
-    config = load_config(options)
-    run = Trainer(config, validate(config, world), torch.device("cpu"))
+def fit(options):
+    run = new_trainer(options)
     run.fit()
     weights = {name: whole(parameter) for name, parameter in run.model.named_parameters()}
     run.close()
@@ -144,11 +140,11 @@ def test_held_out_loss_samples_and_a_resume_under_another_layout(documents, tmp_
     part padding."""
     more = ["train.eval_every=2", "train.eval_batches=3", "run.log_samples=true", "data.validation_percent=20"]
     more += ["train.steps=4", "checkpoint.every=2"]
-    single = run_ranks(fit, 1, overrides(documents, tmp_path / "single", *more), 1)[0]
+    single = run_ranks(fit, 1, overrides(documents, tmp_path / "single", *more))[0]
     first = overrides(documents, tmp_path / "run", *more, "parallel.cp=2", "parallel.ep=2", dp=2)
-    run_ranks(halfway, 4, first, 4)
+    run_ranks(halfway, 4, first)
     then = overrides(documents, tmp_path / "run", *more, "parallel.cp=4", "parallel.cp_method=ring")
-    weights = run_ranks(fit, 4, then, 4)[0]
+    weights = run_ranks(fit, 4, then)[0]
     for key, weight in single.items():
         torch.testing.assert_close(weights[key], weight, rtol=0, atol=BAR)
     expected, rows = read(tmp_path / "single", "metrics.jsonl"), read(tmp_path / "run", "metrics.jsonl")
@@ -165,10 +161,9 @@ def test_held_out_loss_samples_and_a_resume_under_another_layout(documents, tmp_
         assert len(mine) == 8
 
 
-def halfway(options, world):
+def halfway(options):
     """Stop after step 2 as if asked to: the rest of the schedule stays what it was."""
-    config = load_config(options)
-    run = Trainer(config, validate(config, world), torch.device("cpu"))
+    run = new_trainer(options)
     step = run.train_step
     run.train_step = lambda stop=False: step(run.step == 1)
     run.fit()
