@@ -100,6 +100,8 @@ def _blocks(trainer: Trainer, steps: int, until: float) -> dict[str, Any]:
                 exposed.append(sum(row.get("checkpoint_time_s", 0.0) for row in rows))
                 trainer.saver.wait()
                 written += [outcome.seconds if outcome.path else float("nan") for outcome in trainer.saver.finished()]
+        if trainer.rank0:
+            print(f"{steps} steps: {seconds[False][-1]:.2f} s, with a save {seconds[True][-1]:.2f} s", flush=True)
         go_on = gather(lambda: time.perf_counter() < until)[0]
     tokens = trainer.config.train.global_batch * trainer.config.train.seq_len
     # A save's cost is taken within pairs: the first blocks of a process are slower, with a save or without.
