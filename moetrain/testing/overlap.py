@@ -1,12 +1,13 @@
 """What dispatch costs beside the experts' work, on the GPUs of one host: the table of docs/dispatch.md.
 
-    scripts/bench_overlap.sh [--dry-run] [--shapes stand-in qwen3 mixtral] [--routing balanced skewed]
+    scripts/bench_overlap.sh [--dry-run] [--shapes stand-in qwen3 mixtral] [--routing balanced skewed] [--timeline]
 
 Every rank has different tokens; ep is the number of GPUs. `compute only` is one call of the fastest expert backend on
 the rows that a rank's experts get, already there; it and a layer take turns, and ratios are within a pair. Times are
 medians of device events of the slowest rank, in ms, with the host ahead of the device as it is in a training step;
 behind each stands the host's own time to launch it, which is what counts where that is the longer one. error is the
-largest relative L2 distance of y, dx, dgates, dw from the same backend in one process.
+largest relative L2 distance of y, dx, dgates, dw from the same backend in one process. --timeline also prints what rank
+0's device did in one forward pass of each, kernel by kernel and copy by copy.
 """
 
 from __future__ import annotations
@@ -28,31 +29,14 @@ from moetrain.moe.dispatch import allgather, collective, copy_engine
 from moetrain.moe.dispatch.base import ExchangeShape, Weights
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.base import ExpertBackend
-from moetrain.moe.types import Routing
-from moetrain.testing.fake import fake_routing
+from moetrain.testing import device_events
+from moetrain.testing.problem import SHAPES, Layer, Problem, Shape, make_problem, step
 
 REPEATS, WARMUP = 7, 3
 HEAD_START = 20_000_000  # device cycles, about 10 ms: what the host may launch meanwhile
 BAR = 2.0**-6  # bf16 rounds to 2^-9; a result is a sum of rounded parts of rounded products
 
 
-@dataclass(frozen=True)
-class Shape:
-    """tokens per rank; d_model; d_expert; experts; top_k."""
-
-    name: str
-    T: int
-    D: int
-    F: int
-    E: int
-    K: int
-
-
-SHAPES = [
-    Shape("stand-in", 8192, 4096, 1536, 64, 8),
-    Shape("qwen3", 8192, 2048, 768, 128, 8),
-    Shape("mixtral", 8192, 4096, 14336, 8, 2),
-]
 ZIPF = {"balanced": 0.0, "skewed": 0.6}
 TRANSPORTS = {  # name: (module, chunk counts of which the best is shown)
     "copy_engine": (copy_engine, (2, 3, 4)),
@@ -60,49 +44,6 @@ TRANSPORTS = {  # name: (module, chunk counts of which the best is shown)
     "NCCL serial": (collective, (1,)),
     "NCCL chunked": (collective, (2, 3, 4, 6)),
 }
-Layer = Callable[[Tensor, Routing, ExpertBackend, Weights], Tensor]
-
-
-@dataclass
-class Problem:
-    """One rank's tokens and all experts' weights, the same on every rank."""
-
-    x_TD: Tensor
-    dy_TD: Tensor
-    routing: Routing
-    weights: Weights
-
-    def block(self, rank: int, ranks: int) -> Weights:
-        """A rank's experts."""
-        own = slice(rank * len(self.weights[0]) // ranks, (rank + 1) * len(self.weights[0]) // ranks)
-        return self.weights[0][own], self.weights[1][own]
-
-
-def make_problem(shape: Shape, zipf: float, rank: int) -> Problem:
-    """Popularity of experts rank^-zipf, shuffled alike on all ranks."""
-    common = torch.Generator("cuda").manual_seed(0)
-    mine = torch.Generator("cuda").manual_seed(1 + rank)
-
-    def normal(generator: torch.Generator, *size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*size, device="cuda", dtype=torch.bfloat16, generator=generator).mul_(scale)
-
-    w_gate_up = normal(common, shape.E, 2, shape.F, shape.D, scale=shape.D**-0.5)
-    w_down = normal(common, shape.E, shape.D, shape.F, scale=shape.F**-0.5)
-    popularity_E = torch.arange(1, shape.E + 1, device="cuda").double() ** -zipf
-    popularity_E = popularity_E[torch.randperm(shape.E, device="cuda", generator=common)]
-    uniform_TE = torch.rand(shape.T, shape.E, device="cuda", dtype=torch.float64, generator=mine)
-    expert_TK = (popularity_E.log() - uniform_TE.log().neg().log()).topk(shape.K).indices
-    gate_TK = torch.rand(shape.T, shape.K, device="cuda", generator=mine).softmax(-1)
-    routing = fake_routing(expert_TK, gate_TK)
-    x, dy = normal(mine, shape.T, shape.D), normal(mine, shape.T, shape.D)
-    return Problem(x, dy, routing, (w_gate_up, w_down))
-
-
-def step(layer: Layer, p: Problem, weights: Weights, backend: ExpertBackend, backward: bool) -> list[Tensor]:
-    """y, and with backward dx, dgates, dw_gate_up, dw_down."""
-    x, gate, w1, w2 = (t.detach().requires_grad_() for t in (p.x_TD, p.routing.gate_TK, *weights))
-    y = layer(x, replace(p.routing, gate_TK=gate), backend, (w1, w2))
-    return [y.detach(), *(torch.autograd.grad(y, (x, gate, w1, w2), p.dy_TD) if backward else ())]
 
 
 @dataclass(frozen=True)
@@ -218,8 +159,16 @@ def turns(layer: Layer, p: Problem, weights: Weights, limit: Limit, backward: bo
     return slowest_ms(lambda: step(layer, p, weights, limit.backend, backward), lambda: limit.run(backward))
 
 
-def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: int) -> list[str]:
+def show(label: str, run: Callable[[], object]) -> None:
+    """Collective: the device's events of one run, on rank 0's stderr."""
+    events = device_events.record(run)
+    if dist.get_rank() == 0:
+        print(label, *device_events.describe(events), sep="\n", file=sys.stderr, flush=True)
+
+
+def measure(shape: Shape, kind: str, transports: list[str], timeline: bool) -> list[str]:
     """The table's rows of one shape and routing."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     p = make_problem(shape, ZIPF[kind], rank)
     weights = p.block(rank, ranks)
     limit = compute_only(p, weights, shape)
@@ -243,6 +192,8 @@ def measure(shape: Shape, kind: str, transports: list[str], rank: int, ranks: in
             assert best is not None
             layer, took, least, chunks, error = best
             alone, forward = turns(layer, p, weights, limit, False)
+            if timeline:
+                show(f"{head} | {label}", lambda: step(layer, p, weights, limit.backend, False))  # noqa: B023
             verdict = "" if error < BAR else " WRONG"
             if not rows:
                 rows.append(
@@ -275,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
     parser.add_argument("--routing", nargs="+", default=list(ZIPF), choices=list(ZIPF))
     parser.add_argument("--transports", nargs="+", default=list(TRANSPORTS), choices=list(TRANSPORTS))
+    parser.add_argument("--timeline", action="store_true", help="also the device's events of a forward pass")
     options = parser.parse_args(argv)
     shapes = [shape for shape in SHAPES if shape.name in options.shapes]
     if options.dry_run:
@@ -289,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [head, "|---" * 9 + "|"]
     for shape in shapes:
         for kind in options.routing:
-            lines += measure(shape, kind, options.transports, rank, ranks)
+            lines += measure(shape, kind, options.transports, options.timeline)
             torch.cuda.empty_cache()
         lines += [f"| {shape.name} EP=4 | not measured: {ranks} GPUs ||||||||"] * (ranks != 4)
     if rank == 0:
