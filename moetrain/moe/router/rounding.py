@@ -36,7 +36,7 @@ class TokenRounding:
 
     Slots of a rounded choice: first the router's own K, where an expert e that the token lost is written -2 - e (any
     negative id is an unused slot; this one can be read back when activations are recomputed), then experts that took
-    the token beyond its own choice. Their number is the same on all ranks: one all-reduce, waited for on the host. And it
+    the token beyond its own choice. Their number is the same on all ranks: one all-reduce, waited for on the host. It
     is a power of 2 (or E): kernels are compiled for a number of slots, at seconds each.
     """
 
