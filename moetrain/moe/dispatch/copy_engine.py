@@ -33,7 +33,7 @@ from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
-MOST_PARTS = 32
+MOST_PARTS = 32  # that have a flag each
 ALIGN = 512
 
 
@@ -136,6 +136,7 @@ class CopyEngineDispatch:
         return source
 
     def home_flag(self, source: int, part: int) -> int:
+        assert part < MOST_PARTS, "the next source's flag"
         return self.memory.size + source * MOST_PARTS + part
 
 
@@ -269,13 +270,16 @@ class _Leg:
 def build(
     n_experts: int, group: dist.ProcessGroup | None, shape: ExchangeShape, chunks: str | int = "auto"
 ) -> CopyEngineDispatch:
-    """Raises ValueError where ranks cannot read each other's memory, for chunk counts below 2, and varying slots."""
+    """Raises ValueError where ranks cannot read each other's memory, for chunk counts below 2 or without flags, and for
+    varying slots."""
     if group is None:
         raise ValueError("dispatch=copy_engine needs torch.distributed; nearest legal value: dispatch=local")
     if group.size() == 1:
         raise ValueError("dispatch=copy_engine with parallel.ep=1 has no peers; nearest legal value: dispatch=local")
     if chunks == 1:
         raise ValueError("dispatch.chunks=1 leaves nothing beside which to copy; nearest legal value: 2")
+    if isinstance(chunks, int) and chunks > MOST_PARTS + 1:
+        raise ValueError(f"dispatch.chunks={chunks} (copy_engine); nearest legal value: {MOST_PARTS + 1}")
     if not shape.fixed_slots:
         raise ValueError("dispatch=copy_engine with router.rounding, whose slots vary; nearest legal value: collective")
     reason = unreachable(group, shape.device_type)

@@ -100,5 +100,7 @@ def test_refused_without_peer_access():
             copy_engine.build(E, dist.group.WORLD, SHAPE)
         with pytest.raises(ValueError, match=r"dispatch\.chunks=1.*: 2"):
             copy_engine.build(E, dist.group.WORLD, SHAPE, 1)
+        with pytest.raises(ValueError, match=r"dispatch\.chunks=34.*: 33"):  # parts without flags of their own
+            copy_engine.build(E, dist.group.WORLD, SHAPE, 34)
 
     run_ranks(one, 2)
