@@ -72,13 +72,14 @@ def cross_entropy(
     """
     if logit_CV.dtype != torch.float32 or (logit_CV.device.type != "cuda" and not interpreting()):
         raise ValueError(f"the loss kernel needs fp32 logits on a GPU; got {logit_CV.dtype} on {logit_CV.device}")
+    logit_CV = logit_CV.contiguous()  # before a gradient is made like it, which the kernel writes row by row
     rows, columns = logit_CV.shape
     loss_C = torch.empty(rows, dtype=torch.float32, device=logit_CV.device)
     grad_CV = None if grad_dtype is None else torch.empty_like(logit_CV, dtype=grad_dtype)
     if rows:
         block = min(BLOCK, power_of_2(columns))
         args = (
-            logit_CV.contiguous(),
+            logit_CV,
             target_C.contiguous(),
             mask_C.to(torch.uint8),
             loss_C,

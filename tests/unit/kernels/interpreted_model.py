@@ -27,6 +27,13 @@ def test_cross_entropy_equals_the_reference(rows, columns, spread):
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-4, atol=1e-7)
 
 
+def test_logits_in_any_order_have_the_same_gradient():
+    logit, target = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).T, torch.arange(5)
+    wanted = cross_entropy(logit.contiguous(), target, target >= 0, torch.float32)
+    for found, want in zip(cross_entropy(logit, target, target >= 0, torch.float32), wanted):
+        assert torch.equal(found, want)
+
+
 def test_masked_rows_add_nothing_whatever_they_hold():
     logit, target, mask = torch.full((2, 70), float("nan")), torch.tensor([3, 10**9]), torch.tensor([True, False])
     logit[0] = torch.arange(70) / 10
