@@ -1,7 +1,7 @@
 """Into how many pieces an exchange is cut: as asked for, or as measured in the first training step on a GPU.
 
-The order in which a token's sums and a weight's gradient are added up depends on it, so a run that is to repeat to the
-bit (run.deterministic) must not have it from a clock.
+The order in which a weight's gradient is added up depends on it, so a run that is to repeat to the bit
+(run.deterministic) must not have it from a clock.
 """
 
 from __future__ import annotations
