@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.moe.balance.base import kept_graph
 from moetrain.moe.dispatch.base import Weights
 from moetrain.moe.types import Routing
 
@@ -65,8 +66,9 @@ def _measure(run: Run, chunks: int, x_TD: Tensor, routing: Routing, weights: Wei
         if i >= 0:
             events[i].record()
         x, gate, *w = (t.detach().requires_grad_() for t in (x_TD, routing.gate_TK, *weights))
-        y_TD = run(chunks, x, replace(routing, gate_TK=gate, kept=None), (w[0], w[1]))
-        torch.autograd.grad(y_TD, (x, gate, *w), torch.ones_like(y_TD))
+        with kept_graph():  # the layer around it may be one whose activations are recomputed
+            y_TD = run(chunks, x, replace(routing, gate_TK=gate, kept=None), (w[0], w[1]))
+            torch.autograd.grad(y_TD, (x, gate, *w), torch.ones_like(y_TD))
     events[-1].record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
