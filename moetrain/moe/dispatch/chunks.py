@@ -1,4 +1,8 @@
-"""Into how many pieces an exchange is cut: as asked for, or as measured in the first training step on a GPU."""
+"""Into how many pieces an exchange is cut: as asked for, or as measured in the first training step on a GPU.
+
+The order in which a weight's gradient is added up depends on it, so a run that is to repeat to the bit
+(run.deterministic) must not have it from a clock.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ REPEATS, WARMUP = 3, 2
 
 
 class Chunks:
-    """A chunk count for all layers. chunks: a number, or "auto": 1 on a CPU, else the fastest of `candidates`.
+    """A chunk count for all layers. chunks: a number, or "auto": 1 on a CPU, the first of `candidates` where torch is
+    told to be deterministic, else the fastest of them.
 
     The ranks of `group` agree on the count whose slowest rank is fastest. Raises ValueError for anything else.
     """
@@ -35,6 +40,8 @@ class Chunks:
         """The count. Its first call in training may measure, which is collective over the group."""
         if self.count is None and not x_TD.is_cuda:
             self.count = 1
+        if self.count is None and torch.are_deterministic_algorithms_enabled():
+            self.count = self.candidates[0]
         if self.count is None and torch.is_grad_enabled():
             seconds = [_measure(run, chunks, x_TD, routing, weights) for chunks in self.candidates]
             self.count = self.agree(seconds, x_TD.device)

@@ -1,41 +1,46 @@
-"""The measurement of chunk counts, with events that need no GPU."""
+"""Into how many pieces an exchange is cut."""
 
-from unittest import mock
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from moetrain.moe.dispatch import chunks
-from moetrain.moe.experts.reference import ReferenceExperts
-from moetrain.moe.types import Routing
-from moetrain.testing.fake import fake_context
+from moetrain.moe.dispatch import allgather, chunks, collective, copy_engine, two_level
+from moetrain.moe.dispatch.chunks import Chunks
 
 pytestmark = pytest.mark.unit
+ON_GPU = SimpleNamespace(is_cuda=True, device="cpu")
 
 
-def test_measuring_inside_a_layer_that_is_recomputed_recomputes_nothing():
-    g = torch.Generator().manual_seed(0)
-    x, gate, *weights = (torch.randn(*s, generator=g) for s in ((8, 4), (8, 2), (3, 2, 6, 4), (3, 4, 6)))
-    expert_TK = torch.arange(16).view(8, 2) % 3
-    routing = Routing(expert_TK, gate, x, x, x, expert_TK, fake_context(1, 8))
-    runs, layers = [], []
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
-    def run(count, x_TD, routing, weights):
-        runs.append(count)
-        return ReferenceExperts()(x_TD, routing.expert_TK, routing.gate_TK, *weights)
 
-    def layer(x_TD):
-        if not layers:  # a run measures once
-            layers.append(chunks._measure(run, 2, x_TD, routing, tuple(weights)))
-        else:
-            layers.append(None)
-        return x_TD.square()
+@pytest.mark.parametrize(
+    ("module", "count"),
+    [
+        (allgather.AllGatherDispatch, 1),
+        (collective.CollectiveDispatch, 1),
+        (copy_engine.CopyEngineDispatch, 2),
+        (two_level.TwoLevelDispatch, 1),
+    ],
+)
+@pytest.mark.usefixtures("deterministic")
+def test_no_clock_decides_where_a_run_is_to_repeat_to_the_bit(module, count, monkeypatch):
+    monkeypatch.setattr(chunks, "_measure", lambda *args: pytest.fail("looked at a clock"))
+    choice = Chunks("any", "auto", module.CHUNKS, None)
+    assert choice.of(None, ON_GPU, None, None) == count
 
-    with mock.patch("torch.cuda.Event") as event, mock.patch("torch.cuda.synchronize"):
-        event.return_value.elapsed_time.return_value = 1.0
-        y = checkpoint(layer, x.requires_grad_(), use_reentrant=False)
-    assert len(layers) == 1
-    assert runs == [2] * (chunks.WARMUP + chunks.REPEATS)
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(dx, 2 * x)
+
+def test_else_the_fastest_is_measured(monkeypatch):
+    seconds = {2: 3.0, 3: 1.0, 4: 2.0}
+    monkeypatch.setattr(chunks, "_measure", lambda run, count, *args: seconds[count])
+    monkeypatch.setattr(chunks.dist, "all_reduce", lambda *args, **kwargs: None)
+    monkeypatch.setattr(chunks.dist, "get_rank", lambda: 1)
+    choice = Chunks("any", "auto", (2, 3, 4), None)
+    with torch.no_grad():
+        assert choice.of(None, ON_GPU, None, None) == 1  # an evaluation before the first step
+    assert choice.of(None, ON_GPU, None, None) == 3
