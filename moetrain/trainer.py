@@ -82,7 +82,7 @@ class Trainer:
         self.sum_groups = [self.meshes.data, *stages]  # ranks whose losses add up
         self.step_groups = [self.meshes.tokens, *stages]  # ranks whose routing adds up
         record, replay = config.router.get("record", ""), config.router.get("replay", "")
-        self.tape = RoutingTape(record, replay, self.moe_layers, torch.distributed.get_rank(), device)
+        self.tape = RoutingTape(record, replay, self.moe_layers, config.model.moe, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
         self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer, config)
