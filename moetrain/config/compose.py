@@ -88,7 +88,11 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if key is None:
         return text.splitlines()[0]
     if "not in struct" in text or "Could not override" in text or "' not in '" in text or "not found" in text.lower():
-        return f"{key}: no such key{nearest(key, known_keys())}"
+        known = known_keys()  # with the default choice of every group
+        if key in known:
+            of = key.split(".")[0]
+            return f"{key}: what {of}= chooses here has no such key; choose another {of}= or leave the key out"
+        return f"{key}: no such key{nearest(key, known)}"
     why = str(error.__cause__ or error).splitlines()[0]
     return f"{key}: {why}"
 

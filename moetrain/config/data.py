@@ -101,6 +101,17 @@ def check_source(where: str, source: SourceConfig) -> None:
         raise ValueError(
             f"{where}.path is empty: kind {source.kind} needs {wanted.get(source.kind, 'a file, directory or glob')}"
         )
+    for key, unset, kinds in (("subset", "", ("hub",)), ("split", "train", ("hub", "arrow"))):
+        if getattr(source, key) != unset and source.kind not in kinds:
+            raise ValueError(
+                f"{where}.{key}={getattr(source, key)!r}: kind {source.kind} has none and would be read whole; leave "
+                f"it at {unset!r} and name the files in path"
+            )
+    if source.kind == "stdlib" and source.path:
+        raise ValueError(
+            f"{where}.path={source.path!r}: kind stdlib reads this Python's own library, whatever the path; leave it "
+            "empty, or set data=text, jsonl, parquet, arrow, or shards and that source's path"
+        )
     if source.streaming and source.kind in ("stdlib", "shards"):
         raise ValueError(f"{where}.streaming=true: kind {source.kind} is read mapped; set streaming=false")
     if source.kind in ("stdlib", "text", "shards"):

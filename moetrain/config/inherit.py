@@ -24,7 +24,7 @@ def inherit(config: Config, stored: Config, overrides: list[str], source: str) -
     ValueError for a given model key that differs from the checkpoint's.
     """
     default, result = load_config([]), deepcopy(config)
-    given, there, usual = (_flat(asdict(c.model), "model.") for c in (config, stored, default))
+    given, there, usual = (flat(asdict(c.model), "model.") for c in (config, stored, default))
     for key, value in given.items():
         named = _named(overrides, key) or value != usual[key]
         if named and value != there[key] and key not in _FREE:
@@ -67,8 +67,9 @@ def _named(overrides: list[str], key: str, exactly: bool = False) -> bool:
     return False
 
 
-def _flat(node: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested keys as one dotted key each, behind `prefix`."""
+    dotted: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        dotted |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return dotted

@@ -110,6 +110,9 @@ def check_model(config: ModelConfig) -> None:
     _at_least("model.vocab_size", config.vocab_size, 1)
     _at_least("model.d_model", config.d_model, 1)
     _at_least("model.n_layers", config.n_layers, 1)
+    _at_least("model.norm_eps", config.norm_eps, 0)
+    if not config.init_std > 0:
+        raise ValueError(f"model.init_std={config.init_std} must be above 0, such as 0.02: weights of 0 learn nothing")
     _at_least("model.attention.n_heads", attention.n_heads, 1)
     if attention.kind == "mla":
         _check_mla(attention)
@@ -129,12 +132,22 @@ def check_model(config: ModelConfig) -> None:
             f"model.attention.{key}={attention.rope_dim} is odd, but rotary positions turn pairs; "
             f"the nearest legal value is {attention.rope_dim + 1}"
         )
-    if attention.rope.scaling != "none" and attention.rope.factor < 1.0:
-        raise ValueError(f"model.attention.rope.factor={attention.rope.factor} must be at least 1.0")
+    _check_rope(attention.rope)
     if moe.n_experts > 0:
         _check_moe(config)
     if not all(config.is_moe(layer) for layer in range(config.n_layers)):
         _at_least("model.d_ff", config.d_ff, 1)
+
+
+def _check_rope(rope: RopeConfig) -> None:
+    if rope.scaling == "none" and rope.factor != 1.0:
+        raise ValueError(
+            f"model.attention.rope.factor={rope.factor} changes nothing with rope.scaling=none; the nearest legal "
+            "value is 1.0, or set rope.scaling to linear, llama3, or yarn"
+        )
+    if not rope.factor >= 1.0:
+        raise ValueError(f"model.attention.rope.factor={rope.factor} must be at least 1.0")
+    _at_least("model.attention.rope.theta", rope.theta, 1)
 
 
 def _check_mla(attention: AttentionConfig) -> None:
@@ -151,6 +164,8 @@ def _check_moe(config: ModelConfig) -> None:
     moe = config.moe
     _at_least("model.moe.d_expert", moe.d_expert, 1)
     _at_least("model.moe.every", moe.every, 1)
+    _at_least("model.moe.first_k_dense", moe.first_k_dense, 0)
+    _at_least("model.moe.d_shared", moe.d_shared, 0)
     if not 1 <= moe.top_k <= moe.n_experts:
         nearest = min(max(moe.top_k, 1), moe.n_experts)
         raise ValueError(
@@ -166,8 +181,8 @@ def _check_moe(config: ModelConfig) -> None:
         raise ValueError("model.moe.shared_gate=true needs shared experts: set model.moe.d_shared above 0")
 
 
-def _at_least(key: str, value: int, low: int) -> None:
-    if value < low:
+def _at_least(key: str, value: float, low: int) -> None:
+    if not value >= low:  # NaN is not
         raise ValueError(f"{key}={value} must be at least {low}")
 
 

@@ -8,6 +8,12 @@ from moetrain.config.schema import Config
 def check_router(config: Config) -> None:
     """Refuse what would train nothing or could not run: ValueError with the key and the nearest legal value."""
     router, moe, train = config.router, config.model.moe, config.train
+    if moe.n_experts and (chosen := router.get("top_k", moe.top_k)) != moe.top_k:
+        # Exchanges are sized and active parameters counted by the model's.
+        raise ValueError(
+            f"router.top_k={chosen} differs from model.moe.top_k={moe.top_k}, which it follows when it is not given; "
+            f"nearest legal value: {moe.top_k}"
+        )
     if router.get("kernels") == "triton" and train.precision == "fp64":
         raise ValueError("router.kernels=triton with train.precision=fp64; nearest legal value: torch")
     rounding = router.get("rounding") or {}

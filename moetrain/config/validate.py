@@ -50,7 +50,7 @@ def validate(config: Config, world: int) -> Layout:
     for key, choices in CHOICES.items():
         _check_choice(key, _get(config, key), choices)
     for key, least in AT_LEAST.items():
-        if _get(config, key) < least:
+        if not _get(config, key) >= least:  # NaN is not
             raise _refuse(key, _get(config, key), f"is below {least}", least)
     degrees = {key: getattr(config.parallel, key) for key in ("pp", "tp", "cp", "ep", "etp", "dp_replicate")}
     layout = make_layout(world, **degrees)
@@ -199,7 +199,7 @@ def _check_retention(config: Config) -> None:
 def _check_bad_steps(config: Config) -> None:
     if config.train.on_bad_step == "rollback" and not config.checkpoint.every:
         raise _refuse("checkpoint.every", 0, "leaves train.on_bad_step=rollback nothing to go back to", 1)
-    if config.train.max_loss is not None and config.train.max_loss < 0:
+    if config.train.max_loss is not None and not config.train.max_loss >= 0:
         raise _refuse("train.max_loss", config.train.max_loss, "is below 0", 0)
 
 

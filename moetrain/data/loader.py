@@ -53,6 +53,7 @@ class Loader:
         check_vocabulary(self.tokenizer, vocab_size)
         opener = SourceOpener(config, self.tokenizer, seq_len, seed, _cache_dir(config))
         self._sources, held_out = opener.training()
+        self._reading = opener.reading
         self._held_out: dict[str, HeldOut] = opener.validation() or held_out
         self._mixture = Mixture(config, seed)
         self._seq_len, self._documents, self._seed = seq_len, config.documents, seed
@@ -163,6 +164,7 @@ class Loader:
             "documents": self._documents,
             "seed": self._seed,
             "sources": {name: source.fingerprint for name, source in self._sources.items()},
+            **({"reading": self._reading} if self._reading else {}),
         }
 
     def _snapshot(self) -> dict[str, Any]:
@@ -182,11 +184,16 @@ class Loader:
                 f"the checkpoint's data cursor has version {state.get('version')}, this one reads {_VERSION}"
             )
         saved, own = state["data"], self._identity()
-        differing = [f"{k}: {saved[k]} there, {own[k]} here" for k in own if k != "sources" and saved[k] != own[k]]
+        plain = [k for k in own if k not in ("sources", "reading")]
+        differing = [f"{k}: {saved[k]} there, {own[k]} here" for k in plain if saved[k] != own[k]]
         for name, fingerprint in saved["sources"].items():
             here = own["sources"].get(name, "absent (give it weight 0 rather than remove it)")
             if here != fingerprint:
                 differing.append(f"source {name}: {fingerprint} there, {here} here")
+        for name, reading in saved.get("reading", {}).items():  # not in the first checkpoints
+            here = self._reading.get(name, reading)
+            if here != reading:
+                differing.append(f"source {name}: {reading} there, {here} here")
         if differing:
             raise ValueError(
                 f"the checkpoint was trained on other data: fingerprint {state['fingerprint']} there, "

@@ -63,7 +63,11 @@ class StreamHeldOut:
 
 
 class SourceOpener:
-    """Opens sources for one row length, tokenizer, and cache."""
+    """Opens sources for one row length, tokenizer, and cache.
+
+    reading: of each streamed training source, how its files become documents to train on. (What a mapped source holds
+    is hashed itself.)
+    """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, seq_len: int, seed: int, cache_dir: Path) -> None:
         self._config = config
@@ -71,6 +75,7 @@ class SourceOpener:
         self._seq_len = seq_len
         self._seed = seed
         self._cache_dir = cache_dir
+        self.reading: dict[str, str] = {}
 
     def training(self) -> tuple[dict[str, RowSource], dict[str, HeldOut]]:
         """The sources to train on and what the hash of names holds out of them. Raises ValueError, see `Loader`."""
@@ -82,6 +87,9 @@ class SourceOpener:
             if source.streaming:
                 opened, reader = open_source(where, source), DocumentReader(where, source, self._tokenizer)
                 trained = partial(_kept, percent, False)
+                column = f"ids {source.ids_column!r}" if source.ids_column else f"text {source.text_column!r}"
+                masked = f", mask {source.mask_column!r}" if source.mask_column else ""
+                self.reading[name] = f"{source.kind}, {column}{masked}, {percent}% held out"
                 rows[name] = StreamRows(name, reader, opened, trained, self._seq_len, self._seed)
                 if percent > 0:
                     held[name] = StreamHeldOut(name, reader, opened, partial(_kept, percent, True), self._seq_len)

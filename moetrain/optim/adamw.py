@@ -91,6 +91,8 @@ def build(
     require_range("lr", lr, 0, float("inf"))
     require_range("eps", eps, 0, float("inf"))
     require_range("weight_decay", weight_decay, 0, float("inf"))
+    if len(betas) != 2:
+        raise ValueError(f"betas has {len(betas)} values, {list(betas)}; the nearest legal value is [0.9, 0.95]")
     for beta in betas:
         require_range("betas", beta, 0, 1 - 1e-6)
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}

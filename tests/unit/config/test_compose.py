@@ -21,6 +21,7 @@ pytestmark = pytest.mark.unit
         ("model=tinny", ["model=tinny", "'tiny'"]),
         ("router=sigmoyd", ["router=sigmoyd", "'sigmoid'"]),
         ("router.top_kk=3", ["router.top_kk", "router.top_k"]),
+        ("balance=none balance.switch.coefficient=1", ["balance.switch.coefficient", "what balance= chooses here"]),
         ("parallel.eq=3", ["parallel.eq", "parallel.ep"]),
         ("balance.switch.coeficient=1", ["balance.switch.coeficient", "balance.switch.coefficient"]),
         ("+balance.switch.coeficient=1", ["balance.switch.coeficient", "'coefficient'"]),
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.unit
 )
 def test_a_mistake_names_itself_and_the_nearest_key(override, words):
     with pytest.raises(ValueError) as error:
-        check_plugins(load_config([override]))
+        check_plugins(load_config(override.split()))
     for word in words:
         assert word in str(error.value)
 

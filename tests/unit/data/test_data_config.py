@@ -15,7 +15,7 @@ def test_every_yaml_of_the_group_is_a_legal_config(name):
     config = OmegaConf.to_object(merged)
     assert name == "mixture" or [s.kind for s in config.sources.values()] == [name]
     for source in config.sources.values():
-        source.path = source.path or "somewhere"
+        source.path = source.path or ("" if source.kind == "stdlib" else "somewhere")
     check_data(config)
 
 
@@ -34,6 +34,9 @@ TWO = {"sources": {"code": SourceConfig(), "prose": SourceConfig()}}
         (_one(kind="jsonl"), r"data\.sources\.x\.path is empty: kind jsonl needs a file"),
         (_one(streaming=True), r"data\.sources\.x\.streaming=true: kind stdlib is read mapped"),
         (_one(kind="text", path="a", mask_column="m"), r"data\.sources\.x\.mask_column='m': kind text has no columns"),
+        (_one(path="/my/corpus"), r"data\.sources\.x\.path='/my/corpus': kind stdlib reads this Python's own"),
+        (_one(kind="parquet", path="a", split="test"), r"data\.sources\.x\.split='test': kind parquet has none"),
+        (_one(kind="arrow", path="a", subset="b"), r"data\.sources\.x\.subset='b': kind arrow has none"),
         (_one(weight=0.0), r"data\.sources\.\*\.weight sum to zero"),
         (_one(weight=-1.0), r"source 'x' has weight -1"),
         (_one(weight=float("nan")), r"source 'x' has weight nan"),

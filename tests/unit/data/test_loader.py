@@ -154,6 +154,22 @@ def test_a_resume_on_other_data_is_refused_and_names_both(config, load, write_js
         load(config).load_state_dict(state)
 
 
+def test_a_stream_that_would_be_read_otherwise_is_refused_at_a_resume(config, load, write_jsonl, texts):
+    path = write_jsonl([{"text": t, "other": t[::-1]} for t in texts], "two_columns.jsonl")
+    config.sources = {"s": SourceConfig(kind="jsonl", path=path, streaming=True)}
+    config.mixture = []
+    state = load(config).state_dict()
+    load(config).load_state_dict(state)
+    other = dataclasses.replace(config, sources={"s": dataclasses.replace(config.sources["s"], text_column="other")})
+    with pytest.raises(ValueError, match=r"source s: jsonl, text 'text', .* there, jsonl, text 'other', .* here"):
+        load(other).load_state_dict(state)
+    held = dataclasses.replace(config, validation_percent=config.validation_percent + 10)
+    with pytest.raises(ValueError, match=r"source s: .*% held out there, .*% held out here"):
+        load(held).load_state_dict(state)
+    del state["data"]["reading"]  # as the first checkpoints were
+    load(other).load_state_dict(state)
+
+
 def test_a_copy_of_the_data_is_the_same_data(config, load, write_jsonl, texts):
     old = load(config)
     config.sources["mapped"].path = write_jsonl([{"text": t} for t in texts], "elsewhere/mapped.jsonl")

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from moetrain.config.compose import load_config
 from moetrain.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moetrain.config.validate import validate
+from moetrain.generate import alone
+from moetrain.model.build import build_model
 from moetrain.model.decoder import Decoder
 from moetrain.model.generate import generate, one_document
 
@@ -46,3 +50,16 @@ def test_seed_decides_and_top_k_bounds(model):
 def test_bad_requests_are_refused(model, options):
     with pytest.raises(ValueError, match=r"prompt|temperature"):
         generate(model, **{"token_S": [1], "n": 1, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["dispatch.placement.every=5", "parallel.ep=2"], ["dispatch=copy_engine", "parallel.ep=2"], ["experts=triton"]],
+    ids=" ".join,
+)
+def test_what_a_run_divides_and_how_it_multiplies_does_not_bind_the_sampler(options):
+    config = alone(load_config(options))
+    validate(config, 1)
+    with torch.device("meta"):
+        build_model(config, "cpu")
+    assert config.dispatch == load_config([]).dispatch

@@ -31,6 +31,12 @@ MLA = {"kind": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_di
         (ModelConfig(moe=MoEConfig(shared_gate=True)), ["model.moe.shared_gate", "model.moe.d_shared"]),
         (ModelConfig(moe=MoEConfig(first_k_dense=1), d_ff=0), ["model.d_ff=0"]),
         (ModelConfig(n_layers=0), ["model.n_layers=0"]),
+        (ModelConfig(attention=AttentionConfig(rope=RopeConfig(factor=8.0))), ["rope.factor=8.0", "nothing", "1.0"]),
+        (ModelConfig(attention=AttentionConfig(rope=RopeConfig(theta=0.0))), ["model.attention.rope.theta=0.0", "1"]),
+        (ModelConfig(norm_eps=-1.0), ["model.norm_eps=-1.0", "0"]),
+        (ModelConfig(init_std=0.0), ["model.init_std=0.0", "0.02"]),
+        (ModelConfig(moe=MoEConfig(first_k_dense=-1, every=2)), ["model.moe.first_k_dense=-1", "0"]),
+        (ModelConfig(moe=MoEConfig(d_shared=-1)), ["model.moe.d_shared=-1", "0"]),
     ],
 )
 def test_refused_by_name(config, words):

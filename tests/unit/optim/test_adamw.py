@@ -93,6 +93,8 @@ def test_fill_missing_gradients_makes_idle_parameters_decay_like_any_other():
     ("options", "message"),
     [
         ({"betas": (0.9, 1.0)}, "betas is 1.0"),
+        ({"betas": (0.9,)}, "betas has 1 values"),
+        ({"betas": (0.9, 0.95, 0.99)}, "betas has 3 values"),
         ({"weight_decay": -0.1}, r"weight_decay is -0.1.*nearest legal value is 0"),
         ({"eps": float("nan")}, "eps is nan"),
     ],
