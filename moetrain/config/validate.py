@@ -26,6 +26,7 @@ CHOICES = {
     "train.on_bad_step": ("stop", "skip", "rollback"),
 }
 AT_LEAST = {
+    "run.seed": 0,
     "train.steps": 1,
     "train.global_batch": 1,
     "train.micro_batch": 0,

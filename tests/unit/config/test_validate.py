@@ -113,6 +113,7 @@ REFUSED = [
     (1, ["router.rounding.tile=64", "router.record=a"], "router.record", "tile=0"),
     (1, ["router.top_k=4"], "router.top_k=4", "2"),
     (1, ["train.max_grad_norm=nan"], "train.max_grad_norm=nan", "0"),
+    (1, ["run.seed=-1"], "run.seed=-1", "0"),
     (1, ["train.max_loss=nan"], "train.max_loss=nan", "0"),
     (1, ["router.record=a", "router.replay=a"], "router.record=a", '""'),
     (1, ["router.replay=a", "model.moe.n_experts=0"], "router.replay=a", '""'),
