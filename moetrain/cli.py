@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"moetrain: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
         return 2
+    if any(argument in ("-h", "--help") for argument in rest):
+        print((VERBS[verb].__doc__ or "").strip())
+        return 0
     try:
         return VERBS[verb](rest) or 0
     except ValueError as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from omegaconf import OmegaConf
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.use import load_weights, resolve
 from moetrain.comm.start import start_distributed, stop_distributed
-from moetrain.config.compose import to_config
-from moetrain.config.schema import ParallelConfig
+from moetrain.config.compose import load_config, to_config
+from moetrain.config.schema import Config, ParallelConfig
 from moetrain.config.validate import validate
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.mesh.build import build_meshes
@@ -36,9 +38,7 @@ def generate_text(options: dict[str, str]) -> str:
     stored = manifest.read(path).get("config")
     if not stored:
         raise ValueError(f"{path} does not say which model it holds (no config in its manifest)")
-    config = to_config(OmegaConf.create(stored))
-    config.parallel = ParallelConfig()
-    config.train.global_batch = config.train.micro_batch = 1  # what experts=auto is to be fast for
+    config = alone(to_config(OmegaConf.create(stored)))
     device = start_distributed()
     try:
         model = build_parallel_model(config, build_meshes(validate(config, 1), device.type), device).model
@@ -51,6 +51,12 @@ def generate_text(options: dict[str, str]) -> str:
         return options["prompt"] + tokenizer.decode(tokens)
     finally:
         stop_distributed()
+
+
+def alone(config: Config) -> Config:
+    """A run's configuration for one process that continues one text: no layout, nobody to exchange tokens with."""
+    train = replace(config.train, global_batch=1, micro_batch=1)  # what experts=auto is to be fast for
+    return replace(config, parallel=ParallelConfig(), dispatch=load_config([]).dispatch, train=train)
 
 
 def _number(key: str, kind: type, text: str) -> float:

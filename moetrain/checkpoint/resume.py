@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from moetrain.checkpoint.use import load_weights, resolve
 
 @dataclass
 class Beginning:
-    """state: the restored trainer_state, None for step 0. notes: to be told. skipped: damaged steps and why."""
+    """state: the restored trainer_state, and path where it was; None for step 0.
+
+    notes: to be told. skipped: damaged steps and why.
+    """
 
     state: dict[str, Any] | None = None
+    path: Path | None = None
     notes: list[str] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -48,6 +53,7 @@ def begin(
     elif resume != "never":
         path = on_rank0(lambda: resolve(resume))
     if path is not None:
+        found.path = path
         checked = resume == "auto"
         found.state = store.load(path, model, optimizer, allow, checked, found.notes.append)
     elif init.get("from"):
