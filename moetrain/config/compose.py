@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -91,7 +92,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if "=" not in given and given:
         return f"{given!r} is not of the form key=value"
     if "LexerNoViableAlt" in text or "Ambiguous value" in text or "mismatched input" in text:
-        quoted = json.dumps(given.split("=", 1)[1], ensure_ascii=False)
+        quoted = json.dumps(os.path.expanduser(given.split("=", 1)[1]), ensure_ascii=False)
         return f"{given}: has characters that need quotes; nearest legal value: {shlex.quote(f'{key}={quoted}')}"
     if key is None:
         return text.splitlines()[0]

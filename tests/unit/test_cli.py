@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from moetrain.cli import VERBS, main
+from moetrain.cli import PATIENCE_S, VERBS, main
 from moetrain.observe.run_log import _this_command
 
 pytestmark = pytest.mark.unit
@@ -21,3 +21,12 @@ def test_the_printed_command_continues_rather_than_begins_again(resume, monkeypa
     monkeypatch.setattr(sys, "argv", ["moetrain", "train", f"run.resume={resume}", "run.dir=here"])
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert _this_command() == "python -m moetrain train run.dir=here"
+
+
+def test_a_refusal_of_one_rank_is_told_after_rank_0_had_its_turn(monkeypatch, capsys):
+    told = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", lambda s: told.append((s, capsys.readouterr().err)))
+    assert main(["report"]) == 2
+    assert told == [(PATIENCE_S, "")]
+    assert "report takes one run directory" in capsys.readouterr().err

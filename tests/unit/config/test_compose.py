@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.unit
         ("run.resume", ["run.resume", "key=value"]),
         ("--cfg", ["'--cfg'", "key=value"]),
         ("lr=0.1", ["lr", "'optim.lr'"]),
-        ("run.dir=~/runs", ["run.dir=~/runs", "quotes", """'run.dir="~/runs"'"""]),
+        ("run.dir=~/runs", ["run.dir=~/runs", "quotes", f"""'run.dir="{Path.home()}/runs"'"""]),
         ("run.name=a,b", ["run.name=a,b", """'run.name="a,b"'"""]),
     ],
 )
