@@ -82,7 +82,7 @@ class Trainer:
         self.sum_groups = [self.meshes.data, *stages]  # ranks whose losses add up
         self.step_groups = [self.meshes.tokens, *stages]  # ranks whose routing adds up
         record, replay = config.router.get("record", ""), config.router.get("replay", "")
-        self.tape = RoutingTape(record, replay, self.moe_layers, torch.distributed.get_rank(), device)
+        self.tape = RoutingTape(record, replay, self.moe_layers, config.model.moe, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
         self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
@@ -97,13 +97,11 @@ class Trainer:
             self.pipeline.after_update()
         on_rank0(lambda: self.tape.start(self.step))
         self.log = RunLog(config, self.run_dir, self.rank0)
-        flops = flops_per_token(config.model, config.train.seq_len)
-        self.throughput = Throughput(layout.world, device, flops)
+        self.throughput = Throughput(layout.world, device, flops_per_token(config.model, config.train.seq_len))
 
     def fit(self) -> None:
         """Train from the current step to `train.steps`, or until a signal asks to stop; ends with a checkpoint."""
-        train, every = self.config.train, self.config.checkpoint.every
-        first = self.step
+        train, every, first = self.config.train, self.config.checkpoint.every, self.step
         self.log.start(first, describe(self.config, self.layout, self.device.type, first, self.experts_choice))
         self.log.began(self.beginning.notes, self.beginning.skipped)
         if first < train.steps and first == 0 and train.eval_every:
@@ -224,6 +222,8 @@ class Trainer:
         """Skip or roll back, as `train.on_bad_step` says; raises RuntimeError to stop. Collective."""
         action, text = self.guard.verdict(self.step + 1, wrong, gather(lambda: (self.meshes.dp_rank, sample_ids)))
         self.log.note(text)
+        for plugin in [plugin for layer in self.moe_layers.values() for plugin in layer.plugins().values()]:
+            plugin.no_step()
         if action == "rollback":
             self._roll_back(text)
         return action

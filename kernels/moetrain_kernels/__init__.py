@@ -1,6 +1,7 @@
 """Triton kernels for mixture-of-experts models: layers, loss, and update. Imports torch and triton only."""
 
 from . import reference
+from .combine import sum_rows
 from .dense import swiglu
 from .dtypes import convert
 from .experts import moe_experts
@@ -24,5 +25,6 @@ __all__ = [
     "reference",
     "rms_norm",
     "route_topk",
+    "sum_rows",
     "swiglu",
 ]

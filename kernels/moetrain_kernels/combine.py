@@ -88,8 +88,7 @@ def combine(
     num_n = y_RN.shape[1]
     if out_TN is None:
         out_TN = y_RN.new_empty(num_tokens, num_n)
-    block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
-    tokens = max(1, BLOCK_ELEMENTS // block)
+    block, tokens = _blocks(num_n)
     args = (y_RN, plan.row_TK, gate_TK, part_RP, dgate_TK, out_TN, *(more or (None, None)))
     args += (num_tokens, more[0].shape[1] if more else 0)
     constants = {
@@ -104,3 +103,23 @@ def combine(
     }
     launch_combine((cdiv(num_tokens, tokens), cdiv(num_n, block), 1), args, constants, num_warps=8)
     return out_TN
+
+
+def sum_rows(y_RN: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
+    """[T, N]: for each token the sum of its rows of `y_RN`, in the order of k, rounded once. row_TK: whole numbers, -1
+    for none; both contiguous."""
+    (num_tokens, top_k), num_n = row_TK.shape, y_RN.shape[1]
+    out_TN = y_RN.new_zeros(num_tokens, num_n) if y_RN.numel() == 0 else y_RN.new_empty(num_tokens, num_n)
+    if out_TN.numel() and y_RN.numel():
+        block, tokens = _blocks(num_n)
+        args = (y_RN, row_TK, None, None, None, out_TN, None, None, num_tokens, 0)
+        constants = {"N": num_n, "K": top_k, "WEIGHTED": False, "PARTS": 0, "MORE": 0, "MORE_GATES": 0}
+        constants |= {"TOKENS": tokens, "BLOCK": block}
+        launch_combine((cdiv(num_tokens, tokens), cdiv(num_n, block), 1), args, constants, num_warps=8)
+    return out_TN
+
+
+def _blocks(num_n: int) -> tuple[int, int]:
+    """(columns, tokens) of a program."""
+    block = next((b for b in (2048, 1024, 512) if num_n % b == 0), min(2048, power_of_2(num_n)))
+    return block, max(1, BLOCK_ELEMENTS // block)

@@ -54,7 +54,8 @@ class Launcher:
 
     Triton's own lookup costs the host tens of microseconds, twelve times a step: more than a small layer's kernels
     take. The key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte
-    alignment, an integer's width. Integers must be declared do_not_specialize.
+    alignment; an integer's width, and whether it is 1 or a multiple of 16. Integers that follow the routing should be
+    declared do_not_specialize: they would compile kernels of their own.
     """
 
     def __init__(self, kernel):
@@ -80,7 +81,7 @@ def _trait(arg: object) -> object:
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
-        return int, arg.bit_length() > 31  # 32 bits, or 64
+        return int, arg.bit_length() > 31, arg % 16 == 0, arg == 1  # 32 bits, or 64
     base = getattr(arg, "base", None)
     return type(arg) if base is None else base.dtype
 

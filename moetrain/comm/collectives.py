@@ -41,10 +41,15 @@ class Moving:
         return self.rows
 
 
-def start_all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Moving:
-    """`all_to_all_rows` without a gradient that returns at once; what is computed meanwhile runs beside it."""
+def start_all_to_all(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, out: Tensor | None = None
+) -> Moving:
+    """`all_to_all_rows` without a gradient that returns at once; what is computed meanwhile runs beside it.
+
+    out: contiguous memory for the rows that come.
+    """
     source = x.contiguous()
-    rows = x.new_empty((sum(receive), *x.shape[1:]))
+    rows = x.new_empty((sum(receive), *x.shape[1:])) if out is None else out
     work = dist.all_to_all_single(rows, source, receive, send, group=group, async_op=True)
     return Moving(rows, work, source)
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain.config.model import MoEConfig
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.router.common import top_k
 from moetrain.moe.types import Routing, TokenContext
@@ -91,11 +92,14 @@ class RoutingTape:
     """This rank's part of `router.record` and `router.replay`; hands each layer its recorder or player.
 
     record, replay: directories, empty for neither. Only for training steps; evaluations route freely.
+    sizes: of every layer.
     """
 
-    def __init__(self, record: str, replay: str, layers: dict[int, MoELayer], rank: int, device: torch.device) -> None:
+    def __init__(
+        self, record: str, replay: str, layers: dict[int, MoELayer], sizes: MoEConfig, rank: int, device: torch.device
+    ) -> None:
         self.record, self.replay = Path(record) if record else None, Path(replay) if replay else None
-        self.rank, self.device = rank, device
+        self.sizes, self.rank, self.device = sizes, rank, device
         self.recorders = {number: LayerRecorder() for number in layers} if record else {}
         self.players = {number: LayerPlayer(self.recorders.get(number)) for number in layers} if replay else {}
         for number, layer in layers.items():
@@ -114,13 +118,24 @@ class RoutingTape:
     def begin(self, step: int, tokens: int) -> None:
         """Before the forward passes of `step` (from 1), whose global batch has `tokens` tokens, padding included.
 
-        Raises ValueError when the replayed record does not have all of them.
+        Raises ValueError when the replayed record does not have all of them, or is of a model with other experts.
         """
         if self.replay is None:
             return
         experts, counted = (_read(self.replay / _step(step), list(self.players), tokens, kind) for kind in KINDS)
         for number, player in self.players.items():
+            self._check(number, experts[number])
             player.load(experts[number].to(self.device), counted[number].to(self.device))
+
+    def _check(self, layer: int, expert_NK: Tensor) -> None:
+        """One choice of a token would be taken for all of them; an expert that there is not might be left out."""
+        for key, found, fits in (
+            ("top_k", expert_NK.shape[1], expert_NK.shape[1] == self.sizes.top_k),
+            ("n_experts", int(expert_NK.max()) + 1, int(expert_NK.max()) < self.sizes.n_experts),
+        ):
+            if not fits:
+                own = getattr(self.sizes, key)
+                raise ValueError(f"model.moe.{key}={own}: router.replay has {found} in layer {layer}; record anew")
 
     def finish(self, step: int) -> Tensor:
         """After the passes of `step`: write what was recorded; returns the flipped choices of this rank, int64 0-d."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moetrain.comm.shards import local
@@ -133,6 +134,9 @@ class ExpertPlacement:
 
 def following(layer: MoELayer, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What this rank holds for its experts, one row for each: weights, and optimizer state but for its counters."""
+    if isinstance(layer.experts, FSDPModule):
+        # An evaluation leaves gathered copies in the parameters' place where nothing reshards them after a forward.
+        layer.experts.reshard()
     tensors: list[Tensor] = []
     for parameter in layer.experts.parameters():
         tensors += [parameter, *(value for value in optimizer.state.get(parameter, {}).values() if value.dim())]

@@ -64,6 +64,8 @@ def test_a_record_that_does_not_fit_is_refused(documents, recorded, tmp_path):
         (["train.global_batch=16"], "lacks layer 1"),
         (["model.n_layers=4"], "lacks layer 3"),
         ([f"router.replay={tmp_path}"], "lacks layer 1"),
+        (["model.moe.top_k=1", "router.renormalize=false"], "router.replay has 2 in layer 1"),
+        (["model.moe.n_experts=4"], "router.replay has 8 in layer 1"),
     ):
         with pytest.raises(Exception, match=message):
             train(documents, tmp_path / message, 1, f"router.replay={recorded[1]}", *options, steps=1)

@@ -20,6 +20,7 @@ class Balance(nn.Module):
         ranks, micro-batches, and layers, are the term of the objective: divide by `routing.context.totals`.
     before_step(count_E): called once per optimizer step, before the optimizer, with the choices of all valid tokens of
         the global batch (int64, summed over ranks). Must be a deterministic function of it, so every rank agrees.
+    no_step(): called in its place when a bad step is not taken: forget what on_routing kept of its micro-batches.
     bias_E: fp32 [E] added to the selection score, or None.
     row: the ranks that hold the other stretches of this rank's rows; None if rows are whole here.
     tokens: the ranks that hold the other tokens of a micro-step; None is this process alone.
@@ -38,6 +39,9 @@ class Balance(nn.Module):
         return None
 
     def before_step(self, count_E: Tensor) -> None:
+        return None
+
+    def no_step(self) -> None:
         return None
 
 

@@ -69,6 +69,9 @@ class SwitchLoss(Balance):
     def before_step(self, count_E: Tensor) -> None:
         self.running_E = None
 
+    def no_step(self) -> None:
+        self.running_E = None
+
 
 def _share(count: Tensor) -> Tensor:
     """Counts [..., E] as fractions of their sum; zero where there are none."""

@@ -1,4 +1,8 @@
-"""Into how many pieces an exchange is cut: as asked for, or as measured in the first training step on a GPU."""
+"""Into how many pieces an exchange is cut: as asked for, or as measured in the first training step on a GPU.
+
+The order in which a weight's gradient is added up depends on it, so a run that is to repeat to the bit
+(run.deterministic) must not have it from a clock.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.moe.balance.base import kept_graph
 from moetrain.moe.dispatch.base import Weights
 from moetrain.moe.types import Routing
 
@@ -19,7 +24,8 @@ REPEATS, WARMUP = 3, 2
 
 
 class Chunks:
-    """A chunk count for all layers. chunks: a number, or "auto": 1 on a CPU, else the fastest of `candidates`.
+    """A chunk count for all layers. chunks: a number, or "auto": 1 on a CPU, the first of `candidates` where torch is
+    told to be deterministic, else the fastest of them.
 
     The ranks of `group` agree on the count whose slowest rank is fastest. Raises ValueError for anything else.
     """
@@ -34,6 +40,8 @@ class Chunks:
         """The count. Its first call in training may measure, which is collective over the group."""
         if self.count is None and not x_TD.is_cuda:
             self.count = 1
+        if self.count is None and torch.are_deterministic_algorithms_enabled():
+            self.count = self.candidates[0]
         if self.count is None and torch.is_grad_enabled():
             seconds = [_measure(run, chunks, x_TD, routing, weights) for chunks in self.candidates]
             self.count = self.agree(seconds, x_TD.device)
@@ -58,8 +66,9 @@ def _measure(run: Run, chunks: int, x_TD: Tensor, routing: Routing, weights: Wei
         if i >= 0:
             events[i].record()
         x, gate, *w = (t.detach().requires_grad_() for t in (x_TD, routing.gate_TK, *weights))
-        y_TD = run(chunks, x, replace(routing, gate_TK=gate, kept=None), (w[0], w[1]))
-        torch.autograd.grad(y_TD, (x, gate, *w), torch.ones_like(y_TD))
+        with kept_graph():  # the layer around it may be one whose activations are recomputed
+            y_TD = run(chunks, x, replace(routing, gate_TK=gate, kept=None), (w[0], w[1]))
+            torch.autograd.grad(y_TD, (x, gate, *w), torch.ones_like(y_TD))
     events[-1].record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3

@@ -7,16 +7,17 @@ expert both ways. One host synchronisation per layer and step: the collective ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.collectives import Moving, start_all_to_all
+from moetrain.comm.reading import Reading
 from moetrain.moe.dispatch.base import ExchangeShape, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
+from moetrain.moe.dispatch.rows import Part, cut, moved, padded, places, rows_of_tokens, tokens_at, wanted_by_rank
+from moetrain.moe.dispatch.sums import sum_rows
 from moetrain.moe.dispatch.wire import check_wire, decode, encode
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
@@ -55,102 +56,47 @@ class CollectiveDispatch:
         tokens = wanted_RT.shape[1]
         if routing.bounded and self.rows is not None and tokens:
             send = receive = [self.rows] * self.ep
-            token_N = _padded(wanted_RT, self.rows)
+            place_RT, token_N = padded(wanted_RT, self.rows)
         else:
-            send, receive = self._row_counts(wanted_RT.sum(dim=1), routing)
-            token_N = positions(wanted_RT.flatten(), sum(send)) % max(tokens, 1)  # of each (rank, token) wanted
-        parts = cut(token_N, send, receive, self.rank, chunks)
-        return AllToAllTrip(self.group, tokens, parts, padded=routing.bounded, fp8=self.fp8)
+            known = routing.kept is not None and routing.kept.rows is not None  # a recomputed pass has the same routing
+            counts = None if known else self._exchange_counts(wanted_RT.sum(dim=1))
+            place_RT = places(wanted_RT)
+            token_S = tokens_at(place_RT)
+            send, receive = self._counts(counts, routing)
+            token_N = token_S[: sum(send)]
+        parts, row_TR = cut(token_N, send, receive, self.rank, chunks), rows_of_tokens(place_RT)
+        if chunks > 1:
+            row_TR = moved(row_TR, cut(torch.arange(sum(send), device=row_TR.device), send, receive, self.rank, chunks))
+        return AllToAllTrip(self.group, parts, row_TR, padded=routing.bounded, fp8=self.fp8)
 
-    def _row_counts(self, send_R: Tensor, routing: Routing) -> tuple[list[int], list[int]]:
-        """Exchanged once: a recomputed pass has the same routing."""
-        if routing.kept is None:
-            return self._exchange_counts(send_R)
-        if routing.kept.rows is None:
-            routing.kept.rows = self._exchange_counts(send_R)
-        return routing.kept.rows
-
-    def _exchange_counts(self, send_R: Tensor) -> tuple[list[int], list[int]]:
+    def _exchange_counts(self, send_R: Tensor) -> Reading:
         receive_R = torch.empty_like(send_R)
         dist.all_to_all_single(receive_R, send_R, group=self.group)
-        send, receive = torch.stack([send_R, receive_R]).tolist()  # the one host synchronisation
+        return Reading(torch.stack([send_R, receive_R]))
+
+    def _counts(self, counts: Reading | None, routing: Routing) -> tuple[list[int], list[int]]:
+        if counts is None:
+            assert routing.kept is not None
+            return routing.kept.rows
+        send, receive = counts.tolist()  # the one host synchronisation
+        if routing.kept is not None:
+            routing.kept.rows = (send, receive)
         return send, receive
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows that travel together. token_N: the tokens of this rank's rows, rank by rank, less T where a row is empty;
-    counts: rows to and from each rank, or None where they stay."""
-
-    token_N: Tensor
-    counts: tuple[list[int], list[int]] | None
-
-
-def wanted_by_rank(expert_TK: Tensor, local_experts: int, ranks: int) -> Tensor:
-    """bool [R, T]: whether a rank holds any expert of a token."""
-    owner_TK = torch.where(expert_TK >= 0, expert_TK // local_experts, -1)
-    rank_R11 = torch.arange(ranks, device=expert_TK.device)[:, None, None]
-    return (owner_TK.T[None] == rank_R11).any(dim=1)
-
-
-def cut(token_N: Tensor, send: list[int], receive: list[int], rank: int, chunks: int) -> list[Part]:
-    """The parts in the order in which the experts take them; the same number and kinds on every rank."""
-    if chunks == 1:
-        return [Part(token_N, (send, receive))]
-    of_rank = token_N.split(send)
-    others = max(chunks - 2, 1)
-    away = []
-    for i in range(others):
-        out, back = [_share(n, i, others) for n in send], [_share(n, i, others) for n in receive]
-        out[rank] = back[rank] = range(0)
-        tokens = torch.cat([t[r.start : r.stop] for t, r in zip(of_rank, out)])
-        away.append(Part(tokens, ([len(r) for r in out], [len(r) for r in back])))
-    if chunks == 2:
-        return [Part(of_rank[rank], None), *away]
-    first, second = of_rank[rank].tensor_split(2)
-    return [Part(first, None), *away, Part(second, None)]
-
-
-def rows_of_parts(receive: list[int], rank: int, chunks: int) -> list[int]:
-    """How many rows arrive with each part of `cut`."""
-    if chunks == 1:
-        return [sum(receive)]
-    others, own = max(chunks - 2, 1), receive[rank]
-    coming = [n for peer, n in enumerate(receive) if peer != rank]
-    away = [sum(len(_share(n, i, others)) for n in coming) for i in range(others)]
-    return [own, *away] if chunks == 2 else [own - own // 2, *away, own // 2]
-
-
-def _share(n: int, i: int, parts: int) -> range:
-    return range(n * i // parts, n * (i + 1) // parts)
-
-
-def positions(flag_N: Tensor, total: int) -> Tensor:
-    """Indices of the `total` true entries, in order: torch.nonzero without its host synchronisation."""
-    rank_N = torch.where(flag_N, flag_N.cumsum(0) - 1, total)  # the entry past the end takes what is false
-    index_N = torch.arange(flag_N.numel(), device=flag_N.device)
-    return torch.empty(total + 1, dtype=torch.int64, device=flag_N.device).scatter_(0, rank_N, index_N)[:total]
-
-
-def _padded(wanted_RT: Tensor, rows: int) -> Tensor:
-    """[R * rows]: for each rank the tokens it is sent, then empty rows: t - T for some token t, all different ones."""
-    ranks, tokens = wanted_RT.shape
-    place_RT = wanted_RT.cumsum(1) - 1
-    first_R1 = torch.arange(ranks, device=wanted_RT.device)[:, None] * rows
-    place_RT = torch.where(wanted_RT & (place_RT < rows), first_R1 + place_RT, ranks * rows)
-    token_N = torch.arange(ranks * rows + 1, device=wanted_RT.device) % tokens - tokens
-    token_RT = torch.arange(tokens, device=wanted_RT.device).expand(ranks, tokens)
-    return token_N.scatter_(0, place_RT.flatten(), token_RT.flatten())[:-1]
-
-
 class AllToAllTrip:
-    """parts: `cut`'s. padded: some rows may be empty. fp8: on the way out hidden states of others are 8-bit floats."""
+    """parts: `cut`'s. row_TR: where a token's rows come home to, when all parts lie behind each other; -1 for none.
+
+    padded: some rows may be empty. fp8: on the way out hidden states of others are 8-bit floats.
+    """
 
     def __init__(
-        self, group: dist.ProcessGroup, tokens: int, parts: list[Part], padded: bool = False, fp8: bool = False
+        self, group: dist.ProcessGroup, parts: list[Part], row_TR: Tensor, padded: bool = False, fp8: bool = False
     ) -> None:
-        self.group, self.tokens, self.parts, self.padded, self.fp8 = group, tokens, parts, padded, fp8
+        self.group, self.parts, self.row_TR, self.padded, self.fp8 = group, parts, row_TR, padded, fp8
         self.pieces, self.first_stays = len(parts), parts[0].counts is None
+        sizes = [len(part.token_N) for part in parts]
+        self.stretches = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(parts))]
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
         return _Leg(self, row_TD, label_TL)
@@ -168,7 +114,8 @@ class _Leg:
         self.fp8 = trip.fp8 and label_TL is not None
         moved = [part for part in trip.parts if part.counts is not None]
         stays = [part for part in trip.parts if part.counts is None]
-        self.token = {id(part): part.token_N % trip.tokens if trip.padded else part.token_N for part in trip.parts}
+        tokens = len(row_TD)
+        self.token = {id(part): part.token_N % tokens if trip.padded else part.token_N for part in trip.parts}
         self.exact_TD, sent_TD, sent_TL = row_TD, row_TD, label_TL
         if self.fp8:
             assert label_TL is not None
@@ -176,7 +123,8 @@ class _Leg:
             sent_TL = torch.cat([label_TL, scale_T1.to(label_TL.dtype)], dim=1)
         self.coming = {id(part): [self._move(t, part) for t in self._rows(part, sent_TD, sent_TL)] for part in moved}
         self.coming |= {id(part): [Moving(t) for t in self._rows(part, row_TD, label_TL)] for part in stays}
-        self.going: dict[int, list[Moving]] = {}
+        self.home: list[Tensor] = []  # rows that come home, part by part, and, backward, their gates' gradients
+        self.going: list[Moving] = []
 
     def _rows(self, part: Part, row_TD: Tensor, label_TL: Tensor | None) -> list[Tensor]:
         token_N = self.token[id(part)]
@@ -187,11 +135,10 @@ class _Leg:
             label_NL[:, : self.labels].masked_fill_((part.token_N < 0)[:, None], -1)
         return [label_NL, row_TD[token_N]]
 
-    def _move(self, x: Tensor, part: Part, home: bool = False) -> Moving:
+    def _move(self, x: Tensor, part: Part) -> Moving:
         if part.counts is None:
             return Moving(x)
-        send, receive = reversed(part.counts) if home else part.counts
-        return start_all_to_all(x, send, receive, self.trip.group)
+        return start_all_to_all(x, *part.counts, self.trip.group)
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
         part = self.trip.parts[piece]
@@ -210,23 +157,34 @@ class _Leg:
         torch.index_select(self.exact_TD, 0, own_N, out=row_ND[came : came + send[rank]])
         return row_ND
 
-    def room(self, piece: int) -> None:
-        return None
+    def room(self, piece: int) -> Tensor | None:
+        stays = self.trip.parts[piece].counts is None
+        return self._home(0, self.exact_TD)[self.trip.stretches[piece]] if stays else None
+
+    def _home(self, kind: int, like: Tensor) -> Tensor:
+        """kind: 0 rows, 1 gates."""
+        if len(self.home) == kind:
+            self.home.append(like.new_empty(self.trip.stretches[-1].stop, like.shape[1]))
+        assert self.home[kind].dtype == like.dtype
+        return self.home[kind]
 
     def rest(self) -> None:
         return None
 
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
-        part = self.trip.parts[piece]
-        given = [row_MD] if gate_MK is None else [row_MD, gate_MK]
-        self.going[piece] = [self._move(t, part, home=True) for t in given]
+        part, stretch = self.trip.parts[piece], self.trip.stretches[piece]
+        for kind, given in enumerate([row_MD] if gate_MK is None else [row_MD, gate_MK]):
+            home = self._home(kind, given)[stretch]
+            if part.counts is not None:
+                received, sent = part.counts
+                self.going.append(start_all_to_all(given, sent, received, self.trip.group, home))
+            elif given.data_ptr() != home.data_ptr():
+                home.copy_(given)
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
-        first = self.going[0]
-        sums = [m.rows.new_zeros(self.trip.tokens, m.rows.shape[1]) for m in first]
-        for piece, part in enumerate(self.trip.parts):
-            for total, rows in zip(sums, self.going[piece]):
-                total.index_add_(0, self.token[id(part)], rows.wait())
+        for moving in self.going:
+            moving.wait()
+        sums = [sum_rows(home, self.trip.row_TR) for home in self.home]
         return sums[0], sums[1] if len(sums) > 1 else None
 
 

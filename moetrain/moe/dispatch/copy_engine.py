@@ -47,13 +47,14 @@ class Region:
 
 
 def regions(shape: ExchangeShape, ranks: int) -> tuple[dict[str, Region], int]:
-    """The buffers by name, and the bytes of all: out_* for this rank's tokens, home_* for the sums of each peer's."""
+    """The buffers by name, and the bytes of all: out_* for this rank's tokens, home_* for the sums of each peer's, the
+    nearest peer first, as they are computed."""
     wide = torch.promote_types(shape.dtype, torch.float32)
     wanted = {
         "out_rows": ((shape.tokens, shape.d_model), shape.dtype),
         "out_labels": ((shape.tokens, 2 * shape.top_k), wide),
-        "home_rows": ((ranks, shape.tokens, shape.d_model), shape.dtype),
-        "home_gates": ((ranks, shape.tokens, shape.top_k), wide),
+        "home_rows": ((ranks - 1, shape.tokens, shape.d_model), shape.dtype),
+        "home_gates": ((ranks - 1, shape.tokens, shape.top_k), wide),
     }
     placed, offset = {}, 0
     for name, (size, dtype) in wanted.items():
@@ -211,27 +212,36 @@ class _Leg:
         return slice(total * part // self.trip.parts, total * (part + 1) // self.trip.parts)
 
     def room(self, piece: int) -> Tensor | None:
-        """Where a part that is one stretch of one peer's rows goes home from."""
-        of_part = [seg for seg in self.mine if seg.part == piece - 1]
-        return self._home(of_part[0]) if len(of_part) == 1 else None
+        """Where a part of the peers' rows goes home from, if that is one stretch of memory; own rows go nowhere."""
+        if piece == 0:
+            return None
+        places = self._places("home_rows", piece - 1)
+        return places[0][1] if len(places) == 1 else None
 
-    def _home(self, seg: Segment) -> Tensor:
-        return self.dispatch.buffer(self.memory.rank, "home_rows")[seg.source, seg.start : seg.stop]
+    def _places(self, name: str, part: int) -> list[tuple[slice, Tensor]]:
+        """Rows of a part, and their place at home: one, unless there is room for more tokens than peers have."""
+        home = self.dispatch.buffer(self.memory.rank, name)
+        if self.trip.most == home.shape[1]:
+            return [(slice(None), home.flatten(0, 1)[self._rows(part)])]
+        places, position = [], 0
+        for seg in (seg for seg in self.mine if seg.part == part):
+            given = slice(position, position + seg.stop - seg.start)
+            index = self.dispatch.peers.index(seg.source)
+            places.append((given, home[index, seg.start : seg.stop]))
+            position = given.stop
+        return places
 
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
         if piece == 0:
             self.own = row_MD, gate_MK
             return
-        rank, position = self.memory.rank, 0
+        made = {"home_rows": row_MD} if gate_MK is None else {"home_rows": row_MD, "home_gates": gate_MK}
+        for name, sums in made.items():
+            for given, home in self._places(name, piece - 1):
+                if home.data_ptr() != sums[given].data_ptr():
+                    home.copy_(sums[given])
         for seg in (seg for seg in self.mine if seg.part == piece - 1):
-            given = slice(position, position + seg.stop - seg.start)
-            home = self._home(seg)
-            if home.data_ptr() != row_MD.data_ptr():
-                home.copy_(row_MD[given])
-            if gate_MK is not None:
-                self.dispatch.buffer(rank, "home_gates")[seg.source, seg.start : seg.stop].copy_(gate_MK[given])
-            self.memory.post(seg.source, self.dispatch.home_flag(rank, seg.part), self.number)
-            position = given.stop
+            self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number)
         if piece == self.trip.parts:
             self.returned = self._fetch_home(gate_MK)
 
@@ -247,10 +257,10 @@ class _Leg:
                 if seg.source != rank:
                     continue
                 self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
-                place = slice(seg.start, seg.stop)
-                self.memory.copy(self.home_RTD[index, place], self.dispatch.buffer(peer, "home_rows")[rank, place])
+                place, there = slice(seg.start, seg.stop), (rank - peer - 1) % self.memory.size
+                self.memory.copy(self.home_RTD[index, place], self.dispatch.buffer(peer, "home_rows")[there, place])
                 if self.home_RTK is not None:
-                    gates = self.dispatch.buffer(peer, "home_gates")[rank, place]
+                    gates = self.dispatch.buffer(peer, "home_gates")[there, place]
                     self.memory.copy(self.home_RTK[index, place], gates)
         return self.memory.mark(beside=True)
 

@@ -15,17 +15,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.compat import all_gather_single
 from moetrain.comm.nodes import find_nodes, irregular, node_group
 from moetrain.comm.peer import unreachable
+from moetrain.comm.reading import Reading
 from moetrain.moe.dispatch import allgather, copy_engine
 from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape, Weights
 from moetrain.moe.dispatch.chunks import Chunks
-from moetrain.moe.dispatch.collective import AllToAllTrip, cut, positions, rows_of_parts, wanted_by_rank
+from moetrain.moe.dispatch.collective import AllToAllTrip
 from moetrain.moe.dispatch.exchange import exchange
+from moetrain.moe.dispatch.rows import cut, moved, places, rows_of_parts, rows_of_tokens, tokens_at, wanted_by_rank
 from moetrain.moe.dispatch.wire import check_wire
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
@@ -79,15 +82,19 @@ class TwoLevelDispatch:
     def _trip(self, routing: Routing, chunks: int) -> tuple[AllToAllTrip, list[int]]:
         """And for each piece the most rows of it that a rank of this node gets."""
         wanted_NT = wanted_by_rank(routing.expert_TK, self.node_experts, self.nodes)
-        counts_RN = self._row_counts(wanted_NT.sum(dim=1), routing)
+        counts = self._start_counts(wanted_NT, routing)
+        place_NT = places(wanted_NT)
+        token_S = tokens_at(place_NT)
+        counts_RN = self._counts(counts, routing)
         send, receive = self._rail(counts_RN, self.rank)
-        tokens = wanted_NT.shape[1]
-        token_M = positions(wanted_NT.flatten(), sum(send)) % max(tokens, 1)  # of each (node, token) wanted
-        parts = cut(token_M, send, receive, self.rank, chunks)
+        parts = cut(token_S[: sum(send)], send, receive, self.rank, chunks)
+        row_TN = rows_of_tokens(place_NT)
+        if chunks > 1:
+            row_TN = moved(row_TN, cut(torch.arange(sum(send), device=row_TN.device), send, receive, self.rank, chunks))
         here = range(self.node * self.local, (self.node + 1) * self.local)
         landing = [rows_of_parts(self._rail(counts_RN, rank)[1], rank, chunks) for rank in here]
         most = [max(1, *rows) for rows in zip(*landing)]  # collectives dislike empty tensors
-        return AllToAllTrip(self.group, tokens, parts, fp8=self.fp8), most
+        return AllToAllTrip(self.group, parts, row_TN, fp8=self.fp8), most
 
     def _rail(self, counts_RN: list[list[int]], rank: int) -> tuple[list[int], list[int]]:
         """Rows that `rank` sends to and gets from each rank of the group: none but those with its local number."""
@@ -98,17 +105,23 @@ class TwoLevelDispatch:
             receive[peer] = counts_RN[peer][rank // self.local]
         return send, receive
 
-    def _row_counts(self, send_N: Tensor, routing: Routing) -> list[list[int]]:
-        """[rank][node]. Exchanged once: a recomputed pass has the same routing."""
-        kept = routing.kept
-        if kept is not None and kept.rows is not None:
-            return kept.rows
-        found = send_N.new_empty(self.group.size() * self.nodes)
-        all_gather_single(found, send_N, group=self.group)
-        counts = found.view(-1, self.nodes).tolist()  # the one host synchronisation
-        if kept is not None:
-            kept.rows = counts
-        return counts
+    def _start_counts(self, wanted_NT: Tensor, routing: Routing) -> Reading | None:
+        """Exchanged once: a recomputed pass has the same routing."""
+        if routing.kept is not None and routing.kept.rows is not None:
+            return None
+        found = torch.empty(self.group.size() * self.nodes, dtype=torch.int64, device=wanted_NT.device)
+        all_gather_single(found, wanted_NT.sum(dim=1), group=self.group)
+        return Reading(found.view(-1, self.nodes))
+
+    def _counts(self, counts: Reading | None, routing: Routing) -> list[list[int]]:
+        """[rank][node]."""
+        if counts is None:
+            assert routing.kept is not None
+            return routing.kept.rows
+        found = counts.tolist()  # the one host synchronisation
+        if routing.kept is not None:
+            routing.kept.rows = found
+        return found
 
 
 def build(

@@ -54,10 +54,11 @@ class AutoExperts:
         results, source = recall(key), "measured before"
         if not isinstance(results, dict) or not self._readable(results):
             results, source = self._measure(load, device, timed, limit), "measured"
-            remember(key, results)
         right = {name: r["ms"] for name, r in results.items() if r["error"] <= limit}  # false for NaN
-        if not right:
+        if not right:  # not kept: it may be for want of memory that another process has given back by the next run
             raise RuntimeError(f"experts=auto: no backend agrees with fp64 within {limit:.1e}: {results}")
+        if source == "measured":
+            remember(key, results)
         name = min(right, key=right.__getitem__)  # the first among equals: where nothing was timed, the first
         shown = (_describe(n, r, limit) for n, r in results.items())
         return name, f"{name} ({source if timed else 'first that is correct'}: {', '.join(shown)})"

@@ -36,7 +36,8 @@ class TokenRounding:
 
     Slots of a rounded choice: first the router's own K, where an expert e that the token lost is written -2 - e (any
     negative id is an unused slot; this one can be read back when activations are recomputed), then experts that took
-    the token beyond its own choice. Their number is the same on all ranks: one all-reduce, waited for on the host.
+    the token beyond its own choice. Their number is the same on all ranks: one all-reduce, waited for on the host. It
+    is a power of 2 (or E): kernels are compiled for a number of slots, at seconds each.
     """
 
     def __init__(self, tile: int, mode: str, scale: float) -> None:
@@ -87,7 +88,7 @@ class TokenRounding:
         most = taken_TE.sum(1).max() if taken_TE.numel() else taken_TE.new_zeros((), dtype=torch.int64)
         if self.tokens is not None:
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.tokens)
-        more_TA = top_k(taken_TE.to(torch.uint8), int(most))
+        more_TA = top_k(taken_TE.to(torch.uint8), power_of_2(int(most)))
         more_TA = torch.where(taken_TE.gather(1, more_TA), more_TA, -1)
         return torch.cat([torch.where(lost_TK, -2 - own_TK, own_TK), more_TA], dim=1)
 
@@ -120,6 +121,11 @@ def build_rounding(options: Mapping[str, Any] | None, scale: float) -> TokenRoun
 def round_to(count: Tensor, tile: int, mode: str) -> Tensor:
     """Multiples of `tile`: the nearest (half goes up), the next above, or the next below."""
     return (count + {"nearest": tile // 2, "up": tile - 1, "down": 0}[mode]) // tile * tile
+
+
+def power_of_2(n: int) -> int:
+    """The smallest that is at least n, for n of at least 1; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 def _ranks(chose_TE: Tensor, value_TE: Tensor, context: TokenContext) -> Tensor:

@@ -76,6 +76,29 @@ def test_a_missing_wait_is_noticed(late, flag, tmp_path):
     assert worst_error(run_ranks(one_rank, WORLD, tmp_path, 3, jitter, (flag,))) > 1e-3
 
 
+def rooms(directory, most):
+    """Of each cut into pieces: whether experts may write every part's sums where peers read them, rows in order."""
+    memory = FileMemory(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
+    found = []
+    for chunks in (2, 3, 4, 5):
+        dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", chunks, (), dist.group.WORLD))
+        leg = copy_engine._Leg(copy_engine._Trip(dispatcher, 3, chunks, most), torch.zeros(3, D).double(), None)
+        home = dispatcher.buffer(memory.rank, "home_rows").flatten(0, 1)
+        found.append(0)
+        assert leg.room(0) is None  # own rows stay
+        for part in range(chunks - 1):
+            room, rows = leg.room(part + 1), leg._rows(part)
+            if room is not None:
+                assert room.data_ptr() == home[rows].data_ptr()
+                assert len(room) == rows.stop - rows.start
+                found[-1] += 1
+    return found
+
+
+def test_sums_of_several_peers_are_made_where_they_read_them(tmp_path):
+    assert run_ranks(rooms, WORLD, tmp_path, MOST) == [[1, 2, 3, 4]] * WORLD
+
+
 @pytest.mark.parametrize(("ranks", "tokens", "parts"), [(2, 5, 1), (4, 7, 3), (4, 7, 5), (3, 2, 7), (8, 1, 3)])
 def test_segments_cover_every_peers_tokens_once(ranks, tokens, parts):
     for rank in range(ranks):

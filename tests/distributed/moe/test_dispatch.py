@@ -136,6 +136,33 @@ def one_rank_of_slices(cases, ep, chunks):
     return results, block, width
 
 
+def scaled(x_TD, slot_TK, gate_TK, *weights):
+    """In place of experts, whose products round otherwise with another number of rows."""
+    here_TK = (slot_TK >= 0) & (slot_TK < E // WORLD)
+    return x_TD * (gate_TK * here_TK).sum(1, keepdim=True).sin()
+
+
+def sums(names):
+    """y and gradients of tokens and gates, fp32, of one case under each name."""
+    found, wide = [], torch.float32
+    for name in names:
+        x, expert, gate, upstream = data(dist.get_rank(), "plain")
+        x, gate = (t.detach().to(wide).requires_grad_() for t in (x, gate))
+        module, chunks = TRANSPORTS[name]
+        dispatcher = module.build(E, dist.group.WORLD, replace(SHAPE, dtype=wide), chunks)
+        weights = [t.detach().to(wide) for t in own_experts(fake_experts(E, D, H))]
+        y = dispatcher(x, routing(expert, gate), scaled, weights)
+        found.append([y.detach(), *torch.autograd.grad(y, (x, gate), upstream.to(wide))])
+    return found
+
+
+def test_the_number_of_pieces_changes_no_bit_of_a_tokens_sums():
+    """They are added up rank by rank, whenever they come home."""
+    for first, *others in run_ranks(sums, WORLD, [f"collective {chunks}" for chunks in (1, 2, 3, 4, 5)]):
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other))
+
+
 @pytest.mark.parametrize(("ep", "chunks"), [(1, 1), (2, 1), (2, 3)])
 def test_slices_of_experts_equal_one_process(ep, chunks, monkeypatch):
     monkeypatch.setitem(globals(), "H", 8)  # a width that four ranks can share

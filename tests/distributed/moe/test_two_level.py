@@ -13,9 +13,9 @@ from moetrain.comm.nodes import find_nodes, irregular, node_group
 from moetrain.moe.dispatch import auto, collective, two_level
 from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.chunks import Chunks
-from moetrain.moe.dispatch.collective import cut, rows_of_parts
 from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions
 from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.dispatch.rows import cut, rows_of_parts
 from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.kept import Kept
@@ -128,9 +128,9 @@ def crossings(directory, monkeypatch_target):
     """Per call of the all-to-all: rows sent to each rank, of two cases forward and backward."""
     calls, plain = [], monkeypatch_target.start_all_to_all
 
-    def noted(x, send, receive, group):
+    def noted(x, send, receive, group, out=None):
         calls.append((x.shape[1], list(send)))
-        return plain(x, send, receive, group)
+        return plain(x, send, receive, group, out)
 
     monkeypatch_target.start_all_to_all = noted
     dispatcher, w, results = over_files(directory, 1), own_experts(fake_experts(E, D, H)), []

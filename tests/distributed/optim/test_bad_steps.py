@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -111,6 +112,19 @@ def test_skip_leaves_every_bit_and_the_stream_as_they_were(tmp_path, clean):
     assert by_step[4]["nonfinite"]["loss"] == "nan"
     assert by_step[3]["loss"] == rows(clean)[2]["loss"]
     assert by_step[5]["loss"] is not None
+
+
+def test_balance_counts_of_a_skipped_step_do_not_reach_the_next(tmp_path):
+    """What follows it equals a fresh process that begins at the checkpoint of the skipped step."""
+    options = [f"run.dir={tmp_path}", "train.steps=5", "checkpoint.every=4", "train.on_bad_step=skip"]
+    options += ["balance=[switch]", "balance.switch.scope=global_batch", "balance.switch.coefficient=1"]
+    run(options, poisoned=[4])
+    after = rows(tmp_path)[-1]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000005")
+    run(options)
+    again = rows(tmp_path)[-1]
+    assert after["step"] == again["step"] == 5
+    assert after["aux/switch"] == again["aux/switch"]
 
 
 def test_roll_back_goes_on_from_the_checkpoint_with_the_data_behind_the_bad_batch(tmp_path, clean):

@@ -63,6 +63,25 @@ def test_equals_one_process(name, documents, single, tmp_path, shuffled):
     assert flips(run, single) == 0
 
 
+def evaluated_and_saved(options):
+    """Two steps, after which experts have moved, a validation, a checkpoint right behind it, and two more steps."""
+    trainer = open_trainer(options)
+    steps, _ = record_steps(trainer, 2)
+    trainer.evaluate()
+    trainer.save()
+    steps += record_steps(trainer, 2)[0]
+    trainer.close()
+    return steps
+
+
+def test_a_checkpoint_behind_a_validation_whose_gathered_weights_were_kept(documents, single, tmp_path, shuffled):
+    more = ["parallel.ep=2", "parallel.reshard_after_forward=false", "train.eval_batches=1"]
+    options = overrides(documents, tmp_path, *ON, *more, micro_batch=1)
+    run = run_ranks(evaluated_and_saved, 4, options)[0]
+    assert moved(run)
+    assert worst(run, single[:4]) < BAR
+
+
 def test_muon_follows(documents, tmp_path, shuffled):
     muon = ["optim=muon", "optim.lr=0.003", "optim.iterations=2"]
     alone, _ = run_ranks(record, 1, overrides(documents, tmp_path / "one", *muon), 3)[0]

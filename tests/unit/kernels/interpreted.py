@@ -103,6 +103,19 @@ def test_forward_kernels(shape, tma):
     close(combine.combine(y, p, gate), reference.combine(y[:n], rows.row_TK, gate))
 
 
+@pytest.mark.parametrize(("rows", "width", "tokens", "ranks"), [(30, 20, 13, 4), (30, 8, 13, 2), (5, 512, 1, 3)])
+def test_sum_rows(rows, width, tokens, ranks):
+    g = torch.Generator().manual_seed(rows)
+    y, row = torch.randn(rows, width, generator=g), torch.randint(-1, rows, (tokens, ranks), generator=g)
+    close(combine.sum_rows(y, row.to(torch.int32)), reference.combine(y.double(), row))
+
+
+def test_sum_rows_of_nothing():
+    nowhere = torch.full((3, 2), -1, dtype=torch.int32)
+    assert torch.equal(combine.sum_rows(torch.empty(0, 8), nowhere), torch.zeros(3, 8))
+    assert combine.sum_rows(torch.ones(4, 8), nowhere[:0]).shape == (0, 8)
+
+
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("shape", CASES[1:], ids=str)

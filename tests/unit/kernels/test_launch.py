@@ -34,6 +34,17 @@ def test_a_size_beyond_32_bits_is_compiled_anew(monkeypatch):
     assert kernels == [1, 1, 2, 2]
 
 
+def test_a_length_that_triton_compiles_in_selects_the_kernel(monkeypatch):
+    """Triton takes 1 for a constant, and a multiple of 16 for a licence to load wide."""
+    monkeypatch.setattr(torch, "Tensor", OnGPU)
+    launch = Launcher(Kernel())
+    kernels = []
+    for row in (3072, 3080, 1, 2, 48):
+        launch((1, 1, 1), (OnGPU(), row), {"BLOCK": 128})
+        kernels.append(len(launch.variants))
+    assert kernels == [1, 2, 3, 3, 3]
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_constants_come_in_the_order_of_the_kernels_signature(arch, monkeypatch):
     """A compiled kernel is launched with their values by position."""

@@ -164,6 +164,14 @@ def test_none_correct_is_an_error(clock):
         AutoExperts({"wrong": swapped}).decide(LOAD, CPU)
 
 
+def test_that_nothing_could_run_is_not_believed_the_next_time(clock, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "check", broken)
+        with pytest.raises(RuntimeError, match="no backend agrees"):
+            AutoExperts({"slow": REFERENCE}).decide(LOAD, CPU)
+    assert AutoExperts({"slow": REFERENCE}).decide(LOAD, CPU)[0] == "slow"
+
+
 def test_the_cpu_and_fp64_are_not_measured(monkeypatch):
     for precision, device in (("fp32", "cpu"), ("bf16", "cpu"), ("fp64", "cuda")):
         assert isinstance(auto.build(precision, device, 16, 8), ReferenceExperts)

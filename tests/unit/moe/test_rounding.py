@@ -126,6 +126,18 @@ def test_a_recomputed_pass_repeats_choice_and_gates():
         assert torch.equal(first.gate_TK, again.gate_TK)
 
 
+def test_slots_have_few_widths():
+    """Kernels are compiled for a number of slots."""
+    widths, taken = set(), set()
+    for seed in range(12):
+        router = build(experts=12, tile=8, mode="up")
+        routing = router(*inputs(rows=1, seed=seed))
+        widths.add(routing.expert_TK.shape[1] - 2)
+        taken.add(int((routing.expert_TK[:, 2:] >= 0).sum(1).max()))
+    assert len(taken - {1, 2, 4, 8, 12}) >= 2, "this test needs widths that are not powers of 2"
+    assert widths <= {1, 2, 4, 8, 12}
+
+
 def test_gradients_reach_the_router_through_kept_and_taken_slots():
     x, context = inputs()
     router = build(tile=8)
