@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
 from moetrain.comm.env import is_rank0
+
+# Seconds that another rank's refusal waits for rank 0's: the first rank to end makes torchrun end the others, before
+# they have spoken. What only another rank has to say is said after them.
+PATIENCE_S = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,11 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"moetrain: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
         return 2
+    if any(argument in ("-h", "--help") for argument in rest):
+        print((VERBS[verb].__doc__ or "").strip())
+        return 0
     try:
         return VERBS[verb](rest) or 0
     except ValueError as error:
-        if is_rank0():
-            print(f"moetrain {verb}: {error}", file=sys.stderr)
+        if not is_rank0():
+            time.sleep(PATIENCE_S)
+        print(f"moetrain {verb}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 1

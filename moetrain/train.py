@@ -36,12 +36,11 @@ def run_config(overrides: list[str]) -> Config:
     source = config.init.get("from", "")
     if not source:
         return config
-    from moetrain.checkpoint.store import CheckpointStore
+    from moetrain.checkpoint.same import resumed_step
     from moetrain.checkpoint.stored import stored_config
     from moetrain.checkpoint.use import resolve
 
-    newest = CheckpointStore(config.run.dir).latest() if config.run.resume == "auto" else None
-    path = newest or resolve(source if config.run.resume in ("auto", "never") else config.run.resume)
+    path = resumed_step(config) or resolve(source, "init.from")
     return inherit(config, stored_config(path), overrides, source)
 
 
@@ -56,12 +55,17 @@ def running(config: Config) -> Iterator[Trainer]:
     rehearse(config)
     set_determinism(config)
 
+    from moetrain.checkpoint.same import changes, check_resumed, resumed_step
     from moetrain.comm.start import start_distributed, stop_distributed
     from moetrain.trainer import Trainer
 
+    if path := resumed_step(config):
+        check_resumed(config, path)
     device = start_distributed()
     try:
         trainer = Trainer(config, layout, device)
+        if trainer.beginning.path:
+            trainer.beginning.notes += changes(config, trainer.beginning.path)
         try:
             yield trainer
         finally:

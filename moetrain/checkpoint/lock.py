@@ -52,13 +52,18 @@ class RunLock:
         self._stop = threading.Event()
 
     def __enter__(self) -> RunLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._text = json.dumps({**_whoami(), "token": secrets.token_hex(8)})
         deadline = time.monotonic() + self.wait_s
-        while not self._try():
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            taken = self._try()
+        except OSError as error:
+            raise ValueError(f"{self.path.parent} cannot be written to ({error}); choose another directory") from None
+        while not taken:
             if time.monotonic() >= deadline:
                 self._refuse()
             time.sleep(min(0.2, self.wait_s))
+            taken = self._try()
         self._stop.clear()
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
         atexit.register(self.release)
@@ -97,12 +102,21 @@ class RunLock:
         draft = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}")
         draft.write_text(self._text)
         try:
-            os.link(draft, self.path)
+            self._link(draft)
         except FileExistsError:
             return False
         finally:
             draft.unlink()
         return True
+
+    def _link(self, draft: Path) -> None:
+        try:
+            os.link(draft, self.path)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links, as on mounted buckets: who reads it before it is written sees a living holder
+            with open(self.path, "x") as file:
+                file.write(draft.read_text())
 
     def _evict(self) -> bool:
         """Remove a dead holder's file; false if the holder lives."""
@@ -120,7 +134,7 @@ class RunLock:
             return True
         try:
             if _read(aside) not in (text, None):  # None: the winner has swept it
-                os.link(aside, self.path)
+                self._link(aside)
         except FileExistsError:
             pass
         finally:

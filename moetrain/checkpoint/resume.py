@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,14 @@ from moetrain.config.schema import Config
 
 @dataclass
 class Beginning:
-    """state: the restored trainer_state, None for step 0. notes: to be told. skipped: damaged steps and why."""
+    """state: the restored trainer_state, and path where it was; None for step 0. own: in this run's directory.
+
+    notes: to be told. skipped: damaged steps and why.
+    """
 
     state: dict[str, Any] | None = None
+    path: Path | None = None
+    own: bool = False
     notes: list[str] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -31,8 +37,8 @@ class Beginning:
 
     @property
     def keeps(self) -> int:
-        """Checkpoints of later steps are superseded; -1 for a fresh start, which supersedes all that are here."""
-        return self.step if self.state else -1
+        """Checkpoints of later steps are superseded; -1: all that are here, which this run does not go on with."""
+        return self.step if self.own else -1
 
 
 def begin(
@@ -57,6 +63,7 @@ def begin(
     elif resume != "never":
         path = on_rank0(lambda: resolve(resume))
     if path is not None:
+        found.path, found.own = path, path.parent.resolve() == store.root.resolve()
         checked = resume == "auto"
         found.state = store.load(path, model, optimizer, allow, checked, found.notes.append)
         if config is not None:

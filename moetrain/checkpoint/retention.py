@@ -30,11 +30,13 @@ class Retention:
     def expendable(self, steps: list[Path]) -> list[Path]:
         """Of published step directories, oldest first, those that need not stay.
 
-        Only intact ones count and go (by their sizes): a damaged one is left for a human to look at.
+        Only intact ones count and go (by their sizes, and by trainer.json's hash where that is read): a damaged one
+        is left for a human to look at.
         """
         if not self.keep:
             return []
-        intact = [path for path in steps if not manifest.problems(path)]
+        read = ("trainer.json",) if self.keep_best else ()
+        intact = [path for path in steps if not manifest.problems(path, read)]
         losses = {path: val_loss(path) for path in reversed(intact)} if self.keep_best else {}
         evaluated = {path: loss for path, loss in losses.items() if loss is not None}
         best = sorted(evaluated, key=lambda path: evaluated[path])[: self.keep_best]  # of equals the newest

@@ -5,6 +5,7 @@ Exit codes: 0 all is well, 1 damage or differences were found, 2 the request mak
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -36,8 +37,9 @@ def run(arguments: list[str], say: Callable[[str], None] = print) -> int:
     usage = "; ".join(f"moetrain checkpoint {line}" for line in USAGE.values())
     if verb not in USAGE:
         raise ValueError(f"no such tool {verb!r}: {usage}" if verb else f"usage: {usage}")
-    paths = [Path(word) for word in words if "=" not in word]
-    options = dict(word.split("=", 1) for word in words if "=" in word)
+    named = [word for word in words if re.match(r"\w+=", word)]  # a path may hold a = as well
+    paths = [Path(word) for word in words if word not in named]
+    options = dict(word.split("=", 1) for word in named)
     if len(paths) != (2 if verb in ("diff", "safetensors") else 1) or (options and verb != "prune"):
         raise ValueError(f"usage: moetrain checkpoint {USAGE[verb]}")
     if verb == "ls":
@@ -52,11 +54,11 @@ def run(arguments: list[str], say: Callable[[str], None] = print) -> int:
 
 
 def _list(path: Path, say: Callable[[str], None]) -> int:
-    """A line per step of a run; 1 if one is damaged by its sizes."""
+    """A line per step of a run; 1 if one is damaged by its sizes, or in trainer.json."""
     rows: list[tuple[str, ...]] = [("step", "written", "size", "val_loss", "layout", "state")]
     healthy = True
     for step in _steps(path):
-        lines = manifest.problems(step)
+        lines = manifest.problems(step, ("trainer.json",))  # which is read below
         healthy = healthy and not lines
         rows.append(_row(step, lines))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

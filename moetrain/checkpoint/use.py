@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from moetrain.checkpoint import manifest
+from moetrain.checkpoint.formats import FormatError
 from moetrain.checkpoint.store import FOLDER, CheckpointStore
 from moetrain.checkpoint.tensors import model_tensors, read_tensors
 from moetrain.checkpoint.verify import Note, compare_together, problems_together, refuse, silent, tell
@@ -40,11 +41,20 @@ def read_trainer_state(path: str | os.PathLike) -> dict[str, Any]:
     return manifest.trainer_state(path)
 
 
-def resolve(checkpoint: str | os.PathLike) -> Path:
+def resolve(checkpoint: str | os.PathLike, key: str = "") -> Path:
     """The step directory that a user means: one itself, or a run directory for its newest intact step.
 
     Sizes are checked, hashes are not. Raises ValueError that names what is wrong and what could be used instead.
+    key: where the user named it, for the message.
     """
+    if key:
+        try:
+            return resolve(checkpoint)
+        except FormatError:
+            raise
+        except ValueError as error:
+            also = "; nearest legal values: auto, never" if key == "run.resume" else ""
+            raise ValueError(f"{key}={checkpoint}: {error}{also}") from None
     path = Path(checkpoint)
     if path.is_symlink():
         path = path.resolve()  # a user's own link; inside a run directory they are refused

@@ -6,7 +6,10 @@ A wrong key never passes silently: the error names it and the nearest key that e
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,12 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         options = sorted(p.stem for p in (config_dir() / group[1]).glob("*.yaml"))
         return f"{group[1]}={group[2]}: no such choice{nearest(group[2], options)}; choices: {', '.join(options)}"
     key = _offending_key(text, overrides)
+    given = next((override for override in overrides if override.lstrip("+~").split("=")[0] == key), "")
+    if "=" not in given and given:
+        return f"{given!r} is not of the form key=value"
+    if "LexerNoViableAlt" in text or "Ambiguous value" in text or "mismatched input" in text:
+        quoted = json.dumps(os.path.expanduser(given.split("=", 1)[1]), ensure_ascii=False)
+        return f"{given}: has characters that need quotes; nearest legal value: {shlex.quote(f'{key}={quoted}')}"
     if key is None:
         return text.splitlines()[0]
     if "not in struct" in text or "Could not override" in text or "' not in '" in text or "not found" in text.lower():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import Path
 from typing import Any
 
 from moetrain.config.data import check_data
@@ -54,6 +55,8 @@ def validate(config: Config, world: int) -> Layout:
         if not _get(config, key) >= least:  # NaN is not
             raise _refuse(key, _get(config, key), f"is below {least}", least)
     degrees = {key: getattr(config.parallel, key) for key in ("pp", "tp", "cp", "ep", "etp", "dp_replicate")}
+    if (folder := config.run.dir).startswith("~"):
+        raise _refuse("run.dir", folder, "would be a folder of that name here", Path(folder).expanduser())
     layout = make_layout(world, **degrees)
     _check_batches(config, layout)
     check_model(config.model)
@@ -215,8 +218,9 @@ def _check_tape(config: Config) -> None:
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
-        raise _refuse(key, repr(value), f"is not one of {', '.join(choices)}", (close or choices)[0])
+        # Of equally close ones the last: fp16 is meant to be fast, as bf16 is and fp64 is not.
+        nearest = max(reversed(choices), key=lambda c: difflib.SequenceMatcher(None, str(value), c).ratio())
+        raise _refuse(key, repr(value), f"is not one of {', '.join(choices)}", nearest)
 
 
 def _refuse(key: str, value: object, reason: str, nearest: object) -> ValueError:

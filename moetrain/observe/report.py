@@ -103,8 +103,9 @@ def _load_lines(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def _checkpoint_lines(directory: Path) -> list[tuple[str, str]]:
-    names = sorted(path.name for path in directory.glob("step_*") if path.name.removeprefix("step_").isdigit())
-    return [("checkpoints", f"{len(names)}, newest {names[-1]}" if names else "none")]
+    names = [path.name for path in directory.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    newest = max(names, key=lambda name: int(name.removeprefix("step_")), default="")
+    return [("checkpoints", f"{len(names)}, newest {newest}" if names else "none")]
 
 
 def _values(rows: list[Row], key: str) -> list[tuple[int, float]]:

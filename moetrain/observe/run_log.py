@@ -87,7 +87,7 @@ class RunLog:
 
     def finish(self) -> None:
         """The closing summary: where the run is, how to resume it, how to look at it."""
-        self.console.finish(closing_summary(str(self.run_dir), _this_command(), self.last))
+        self.console.finish(closing_summary(shlex.quote(str(self.run_dir)), _this_command(), self.last))
 
     def close(self) -> None:
         self.console.close()
@@ -99,7 +99,7 @@ class RunLog:
 def _this_command() -> str:
     """The command that started this process, as one would type it: running it again resumes the run."""
     ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    arguments = shlex.join(argument for argument in sys.argv[1:] if argument != "run.resume=never")
+    arguments = shlex.join(argument for argument in sys.argv[1:] if not argument.startswith("run.resume="))
     if ranks != here:
         return f"the same launch of {ranks} ranks, with {arguments}"
     launcher = f"torchrun --standalone --nproc-per-node {here}" if "LOCAL_RANK" in os.environ else "python"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from moetrain.checkpoint.hf.load import expected, open_hf, prepare_run
+from moetrain.checkpoint.hf.load import expected, open_hf, write_run
 from moetrain.checkpoint.hf.save import beside
 from moetrain.checkpoint.lazy import LazyTensor, stored
-from moetrain.checkpoint.store import CheckpointStore
 from moetrain.checkpoint.stored import stored_config
 from moetrain.checkpoint.use import resolve
 from moetrain.config.compose import config_dir, load_config
@@ -122,8 +121,7 @@ def convert(source: Sources, out: str | Path, initializer: Upcycle, seed: int = 
     prepared = initializer.prepare(sources)
     config = upcycled_config(prepared.config, initializer)
     weights = upcycled_tensors(prepared, config, initializer, seed)
-    prepare_run(out, config, opened[0][1])
-    path = CheckpointStore(out).save_weights(0, weights, asdict(config))
+    path = write_run(out, config, weights, opened[0][1])
     return Converted(path, config, sources)
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint.agree import on_rank0
+from moetrain.checkpoint.agree import on_rank0, rank_and_world
 from moetrain.checkpoint.hf.files import FOLDER, Source, copy_side_files, read_config
 from moetrain.checkpoint.hf.match import left_out, match
 from moetrain.checkpoint.hf.rules import Form, rules
 from moetrain.checkpoint.hf.translate import family_of, from_hf
 from moetrain.checkpoint.lazy import LazyTensor
+from moetrain.checkpoint.lock import RunLock
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.checkpoint.tensors import model_tensors
 from moetrain.config.compose import to_yaml
@@ -36,8 +37,23 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
     """
     source, out = Path(source), Path(out)
     config, tensors = open_hf(source)
-    prepare_run(out, config, source)
-    return CheckpointStore(out).save_weights(0, tensors, asdict(config))
+    return write_run(out, config, tensors, source)
+
+
+def write_run(out: Path, config: Config, tensors: Mapping[str, LazyTensor], folder: Path | None) -> Path:
+    """Make the run directory `out` of weights alone, and of what `folder` has besides; return the step directory.
+
+    All ranks call it. What an interrupted attempt left is removed. Raises ValueError when `out` holds checkpoints or is
+    being written.
+    """
+    lock = RunLock(out)
+    on_rank0(lambda: bool(lock.__enter__()))
+    try:
+        prepare_run(out, config, folder)
+        return CheckpointStore(out).save_weights(0, tensors, asdict(config))
+    finally:
+        if rank_and_world()[0] == 0:
+            lock.release()
 
 
 def open_hf(source: Path) -> tuple[Config, dict[str, LazyTensor]]:
@@ -87,7 +103,9 @@ def prepare_run(out: Path, config: Config, folder: Path | None) -> None:
 
 
 def _fill(out: Path, config: Config, folder: Path | None) -> None:
-    if (out / "checkpoints").exists():
+    store = CheckpointStore(out)
+    store.clean()
+    if store.root.exists() and any(store.root.iterdir()):
         raise ValueError(f"out={out} already holds checkpoints; name a directory that does not exist")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(to_yaml(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -200,3 +201,24 @@ def test_drafts_of_killed_processes_are_swept(tmp_path):
     os.utime(draft, (time.time() - 1000,) * 2)
     with RunLock(tmp_path):
         assert not draft.exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_directory_that_cannot_be_written_is_the_users_to_change(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"{folder} cannot be written to .*choose another directory"):
+        RunLock(tmp_path / folder).__enter__()
+
+
+def test_without_hard_links_there_still_is_one_writer(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    with RunLock(tmp_path) as held:
+        assert held.held()
+        with pytest.raises(ValueError, match="in use by pid"):
+            RunLock(tmp_path).__enter__()
+    _foreign(tmp_path, 100)
+    with RunLock(tmp_path) as held:
+        assert held.held()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moetrain.checkpoint import manifest
+from moetrain.checkpoint.resume import begin
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.checkpoint.tensors import read_metadata
 from moetrain.checkpoint.use import load_weights, read_trainer_state, resolve
@@ -154,3 +155,17 @@ def test_resolve_names_what_there_is(tmp_path):
     wrong = wrong.rename(wrong.with_name("step_00000099"))
     with pytest.raises(ValueError, match="is of step 2, not of step_00000099"):
         resolve(wrong)
+
+
+def test_a_resume_from_another_run_gives_up_every_step_that_is_here(tmp_path):
+    """Else retention would count them, and a resume would return to them behind a damaged step of its own."""
+    mine, others = CheckpointStore(tmp_path / "mine"), CheckpointStore(tmp_path / "other")
+    save_trained(tmp_path / "mine", step=2)
+    path = others.save(3, *trained(steps=3), {**TRAINER_STATE, "step": 3}, {"world": 1})
+    pair = trained(steps=0)
+    found = begin(str(path), {}, mine, *pair)
+    assert found.step == 3
+    mine.set_aside_newer(found.keeps)
+    assert mine.steps() == []
+    mine.save(4, *pair, {**TRAINER_STATE, "step": 4}, {"world": 1})
+    assert begin("auto", {}, mine, *pair).keeps == 4

@@ -84,3 +84,11 @@ def test_a_kill_between_rename_and_deletion_leaves_a_hidden_name(tmp_path, monke
     assert keeper.steps() == []
     assert len(keeper.clean()) == 1
     assert not any(keeper.root.iterdir())
+
+
+def test_a_damaged_loss_neither_counts_nor_stops_the_save(tmp_path):
+    for step in (10, 20, 30):
+        _save(tmp_path, step)
+    damaged = tmp_path / "checkpoints" / "step_00000020" / "trainer.json"
+    damaged.write_text(damaged.read_text().replace("3.0", "3.?"))  # of the same size
+    assert _kept(_save(tmp_path, 40, keep=1, keep_best=1)) == [20, 40]

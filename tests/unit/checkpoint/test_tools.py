@@ -212,3 +212,18 @@ def test_exit_codes_reach_the_shell(tmp_path, capsys):
     _flip(path / "model" / ".metadata")
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     assert "model/.metadata is damaged" in capsys.readouterr().out
+
+
+def test_ls_tells_a_damaged_trainer_json_and_goes_on(tmp_path):
+    run = _run_of(tmp_path)
+    damaged = run / "checkpoints" / "step_00000020" / "trainer.json"
+    damaged.write_text("?" * damaged.stat().st_size)
+    code, text = _tool("ls", run)
+    assert code == 1
+    assert "trainer.json is damaged" in text
+    assert "step_00000040" in text
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path):
+    _save(tmp_path / "lr=3", 10)
+    assert _tool("ls", tmp_path / "lr=3")[0] == 0

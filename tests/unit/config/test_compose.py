@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -28,7 +29,11 @@ pytestmark = pytest.mark.unit
         ("++router._target_=moetrain.moe.router.softmax.SoftMax", ["router._target_", "cannot be imported"]),
         ("+foo=1", ["foo", "no such key"]),
         ("train.steps=abc", ["train.steps", "'abc'", "Integer"]),
-        ("run.resume", ["run.resume"]),
+        ("run.resume", ["run.resume", "key=value"]),
+        ("--cfg", ["'--cfg'", "key=value"]),
+        ("lr=0.1", ["lr", "'optim.lr'"]),
+        ("run.dir=~/runs", ["run.dir=~/runs", "quotes", f"""'run.dir="{Path.home()}/runs"'"""]),
+        ("run.name=a,b", ["run.name=a,b", """'run.name="a,b"'"""]),
     ],
 )
 def test_a_mistake_names_itself_and_the_nearest_key(override, words):

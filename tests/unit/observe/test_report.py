@@ -36,7 +36,7 @@ def test_a_complete_run(tmp_path):
     rows.insert(21, {"event": "resume", "step": 20})
     rows[-1]["val_loss"] = 2.25
     write_rows(tmp_path, rows)
-    for name in ("step_00000020", "step_00000040", "step_00000060.tmp"):
+    for name in ("step_99999980", "step_100000040", "step_00000060.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     lines = dict(line.split("  ", 1) for line in report(tmp_path).splitlines())
     lines = {label.strip(): text.strip() for label, text in lines.items()}
@@ -53,7 +53,7 @@ def test_a_complete_run(tmp_path):
         "layer 2: max/mean 2.00, cv 0.25, dead experts 1, dropped 5.00%, fullest rank 1.25 (median of the last 4 steps)"
     )
     assert lines["resumes"] == "1, at step 20"
-    assert lines["checkpoints"] == "2, newest step_00000040"
+    assert lines["checkpoints"] == "2, newest step_100000040"
 
 
 def test_missing_pieces_are_named(tmp_path):

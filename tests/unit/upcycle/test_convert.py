@@ -171,3 +171,13 @@ def test_a_moe_is_no_source(source, tmp_path):
     convert(source, tmp_path / "moe", build_initializer("copy", {}, 4, 2, 1))
     with pytest.raises(ValueError, match="a MoE model already"):
         convert(tmp_path / "moe", tmp_path / "again", build_initializer("copy", {}, 4, 2, 1))
+
+
+def test_an_interrupted_conversion_is_made_again(source, tmp_path):
+    left = tmp_path / "run" / "checkpoints" / ".step_00000000.tmp-0a1b"
+    (left / "model").mkdir(parents=True)
+    made = convert(source, tmp_path / "run", build_initializer("copy", {}, 4, 2, 1))
+    assert made.path == resolve(tmp_path / "run")
+    assert not left.exists()
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        convert(source, tmp_path / "run", build_initializer("copy", {}, 4, 2, 1))
