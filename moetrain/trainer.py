@@ -85,7 +85,7 @@ class Trainer:
         self.tape = RoutingTape(record, replay, self.moe_layers, config.model.moe, torch.distributed.get_rank(), device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = build_optimizer(config.optim, list(self.model.named_parameters()))
-        self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer, config)
+        self.beginning = begin(config.run.resume, config.init, self.store, self.model, self.optimizer)
         self.step = self.beginning.step
         self.placement = ExpertPlacement(config, self.meshes, self.moe_layers, self.optimizer)
         if self.beginning.state:

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetrain.checkpoint import manifest
 from moetrain.checkpoint.agree import on_rank0
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.checkpoint.use import load_weights, resolve
-from moetrain.config.changed import changed
-from moetrain.config.schema import Config
 
 
 @dataclass
@@ -42,15 +39,9 @@ class Beginning:
 
 
 def begin(
-    resume: str,
-    init: dict[str, Any],
-    store: CheckpointStore,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: Config | None = None,
+    resume: str, init: dict[str, Any], store: CheckpointStore, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Beginning:
     """Restore model and optimizer in place. resume, init: `run.resume` and `init` of the configuration.
-    config: all of it, to note what differs from the checkpoint's.
 
     Collective. Raises ValueError as `CheckpointStore.load` and `newest_intact` do. Once nothing else refuses the run,
     `store.set_aside_newer(keeps)`.
@@ -66,8 +57,6 @@ def begin(
         found.path, found.own = path, path.parent.resolve() == store.root.resolve()
         checked = resume == "auto"
         found.state = store.load(path, model, optimizer, allow, checked, found.notes.append)
-        if config is not None:
-            found.notes += changed(manifest.read(path)["config"], config)
     elif init.get("from"):
         load_weights(on_rank0(lambda: resolve(init["from"])), model, allow, found.notes.append)
     return found

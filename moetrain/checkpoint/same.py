@@ -15,7 +15,7 @@ from moetrain.config.schema import Config
 
 _FREE = ("model.name", "model.init_std")  # change no function
 _GROUPS = ("train", "router", "balance", "optim", "data")  # of which a change is told: the others change no number
-_QUIET = ("train.micro_batch", "train.log_every", "data.cache_dir", "router.record", "router.replay")
+_QUIET = ("train.micro_batch", "train.log_every", "data.cache_dir", "router.record", "router.replay", "router.kernels")
 
 
 def resumed_step(config: Config) -> Path | None:
@@ -66,10 +66,10 @@ def changes(config: Config, path: Path) -> list[str]:
     """A line that says which keys of what decides the numbers differ from those that `path` was saved with."""
     here, there = (dict(_flat("", c)) for c in (_plain(config), manifest.read(path)["config"]))
     changed = [
-        f"{key} {there[key]} -> {value}"
-        for key, value in here.items()
-        if key in there and key.split(".")[0] in _GROUPS and key not in _QUIET
-        if value != there[key] and "***" not in str(there[key])
+        f"{key} {value} -> {here.get(key, 'absent')}"
+        for key, value in there.items()  # one that it does not know is of a later version
+        if key.split(".")[0] in _GROUPS and key not in _QUIET
+        if (key not in here or here[key] != value) and "***" not in str(value)
     ]
     return [f"changed since {path.name}: {', '.join(changed)}"] if changed else []
 

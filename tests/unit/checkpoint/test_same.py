@@ -53,6 +53,9 @@ def test_what_a_resume_may_change_is_told(run):
     assert path is not None
     check_resumed(config, path)
     assert changes(config, path) == ["changed since step_00000003: optim.lr 0.0004 -> 0.5"]
+    fewer = load_config([f"run.dir={run}", "balance=none"])
+    assert "balance.switch.coefficient" in changes(fewer, path)[0]
+    assert "-> absent" in changes(fewer, path)[0]
     check_resumed(load_config([f"run.dir={run}", "optim=muon", "init.allow=['*']"]), path)
     assert resumed_step(load_config([f"run.dir={run}", "run.resume=never"])) is None
 
