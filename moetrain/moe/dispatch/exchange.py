@@ -42,9 +42,9 @@ def exchange(
 class _Job:
     """What the passes of one exchange share.
 
-    work: what the experts keep from the forward to the backward pass. answer: the gradients, while they may be asked
-    for again: pipeline schedules that split backward passes ask for those of inputs first, then for those of weights,
-    and autograd does not say which it wants. Ranks must not exchange anything at the second asking.
+    work: what the experts keep from the forward to the backward pass. answer: the output's gradient and the inputs',
+    while they may be asked for again: pipeline schedules that split backward passes ask for those of inputs first,
+    then for those of weights, and autograd does not say which it wants. The second time nothing is exchanged.
     """
 
     trip: Trip
@@ -53,7 +53,7 @@ class _Job:
     kept: Kept | None
     training: bool
     work: Pieces | None = None
-    answer: tuple[Tensor | None, ...] | None = None
+    answer: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
 
     @property
     def with_graphs(self) -> bool:
@@ -117,7 +117,8 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         job: _Job = ctx.job
         if job.answer is not None:
-            answer, job.answer = job.answer, job.answer if graph_is_kept() else None
+            (before_TD, answer), job.answer = job.answer, job.answer if graph_is_kept() else None
+            _same_gradient(grads[0], before_TD)
             return answer
         work = _take_work(job, ctx)
         leg = job.trip.start(grads[0].contiguous())
@@ -135,8 +136,16 @@ class _Exchange(torch.autograd.Function):
         if dgate_TK is not None:
             dgate_TK = dgate_TK.to(ctx.gate_dtype)
         answer = (dx_TD, dgate_TK, None, *dw, None)
-        job.answer = answer if graph_is_kept() else None
+        job.answer = (grads[0], answer) if graph_is_kept() else None
         return answer
+
+
+def _same_gradient(dy_TD: Tensor, before_TD: Tensor) -> None:
+    """Raises RuntimeError, on a GPU by a device-side assertion that nothing waits for, if a pass is asked for another
+    gradient than before, which it cannot give any more. A recomputed dy may differ by rounding; NaN is others' concern.
+    """
+    other = (dy_TD - before_TD).norm() > 0.01 * before_TD.norm()
+    torch._assert_async(~other, "a MoE layer's backward pass is run twice for different gradients of its output")
 
 
 def _take_work(job: _Job, ctx: Any) -> Pieces:

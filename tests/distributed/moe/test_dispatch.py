@@ -219,3 +219,20 @@ def test_a_wrong_chunk_count_is_refused(chunks):
             collective.build(E, dist.group.WORLD, SHAPE, chunks)
 
     run_ranks(one, 1)
+
+
+def ask_twice(factor):
+    """The gradient of x for dy and, of the same pass, for `factor` dy."""
+    x, expert, gate, upstream = data(dist.get_rank(), "plain")
+    w = own_experts(fake_experts(E, D, H))
+    y = make("collective 1")(x, routing(expert, gate), ReferenceExperts(), w)
+    first = torch.autograd.grad(y, x, upstream, retain_graph=True)[0]
+    try:
+        return torch.equal(first, torch.autograd.grad(y, x, factor * upstream)[0])
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_pass_gives_one_gradient_and_says_so_if_asked_for_another():
+    assert run_ranks(ask_twice, WORLD, 1.0) == [True] * WORLD
+    assert all("twice for different gradients" in str(found) for found in run_ranks(ask_twice, WORLD, 2.0))
