@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.checkpoint.use import resolve
+from moetrain.config.inherit import flat
 from moetrain.config.schema import Config
 
 _FREE = ("model.name", "model.init_std")  # change no function
@@ -41,7 +41,7 @@ def check_resumed(config: Config, path: Path) -> None:
             f"{path} holds weights alone, as import and upcycle make them: nothing to resume; "
             f"start from them with init.from={path.parent.parent} and another run.dir"
         )
-    here, there = (dict(_flat("", c)) for c in (_plain(config), stored))
+    here, there = flat(_plain(config)), flat(stored)
     for key, value in here.items():
         if key.startswith("model.") and key not in _FREE and there.get(key, value) != value:
             raise ValueError(
@@ -64,7 +64,7 @@ def check_resumed(config: Config, path: Path) -> None:
 
 def changes(config: Config, path: Path) -> list[str]:
     """A line that says which keys of what decides the numbers differ from those that `path` was saved with."""
-    here, there = (dict(_flat("", c)) for c in (_plain(config), manifest.read(path)["config"]))
+    here, there = flat(_plain(config)), flat(manifest.read(path)["config"])
     changed = [
         f"{key} {value} -> {here.get(key, 'absent')}"
         for key, value in there.items()  # one that it does not know is of a later version
@@ -77,14 +77,6 @@ def changes(config: Config, path: Path) -> list[str]:
 def _plain(config: Config) -> dict[str, Any]:
     """As a manifest has it: tuples are lists."""
     return json.loads(json.dumps(asdict(config)))
-
-
-def _flat(prefix: str, node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _same_path(a: str, b: str) -> bool:

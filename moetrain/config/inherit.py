@@ -67,7 +67,7 @@ def _named(overrides: list[str], key: str, exactly: bool = False) -> bool:
     return False
 
 
-def flat(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys as one dotted key each, behind `prefix`."""
     dotted: dict[str, Any] = {}
     for key, value in node.items():

@@ -15,7 +15,6 @@ losses of natural routing are Megatron's. Writes the same rows as metrics.jsonl 
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +28,7 @@ from moetrain.config.compose import load_config
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch
 from moetrain.testing.megatron_parts import CausalAttention, complete, force
-from moetrain.testing.peer_transformers import append_row, open_loader
+from moetrain.testing.peer_transformers import timed_steps
 
 BALANCE = {"sequence": "seq_aux_loss", "global_batch": "global_aux_loss"}  # our scopes, as Megatron names them
 
@@ -41,16 +40,7 @@ def main(out: str, steps: int, routing: str, overrides: list[str]) -> None:
     try:
         model = build(config, routing)
         optimizer = build_optimizer(model)
-        loader = open_loader(config)
-        start = time.perf_counter()
-        for step in range(1, steps + 1):
-            loss, _ = train_step(model, optimizer, [batch.to(device) for batch in loader.next_step()])
-            now = time.perf_counter()  # the loss was read, so the step is finished up to its optimizer
-            if dist.get_rank() == 0:
-                tokens = config.train.global_batch * config.train.seq_len
-                append_row(out, step, loss, tokens / (now - start) / dist.get_world_size(), device)
-            start = now
-        loader.close()
+        timed_steps(config, device, out, steps, lambda batches: train_step(model, optimizer, batches)[0])
     finally:
         stop_distributed()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from moetrain.checkpoint.hf.translate import choose
 from moetrain.comm.start import start_distributed, stop_distributed
 from moetrain.config.compose import load_config
 from moetrain.config.schema import Config
+from moetrain.data.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.moe.router.forced import forced_choice
 from moetrain.moe.types import TokenContext
@@ -37,18 +39,28 @@ def main(out: str, steps: int, routing: str, overrides: list[str]) -> None:
     try:
         model = build(config, routing, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        loader = open_loader(config)
-        start = time.perf_counter()
-        for step in range(1, steps + 1):
-            loss = _step(model, optimizer, loader, device)
-            now = time.perf_counter()  # the loss was read, so the step is finished up to its optimizer
-            if dist.get_rank() == 0:
-                tokens = config.train.global_batch * config.train.seq_len
-                append_row(out, step, loss, tokens / (now - start) / dist.get_world_size(), device)
-            start = now
-        loader.close()
+        timed_steps(config, device, out, steps, lambda batches: _step(model, optimizer, batches))
     finally:
         stop_distributed()
+
+
+def timed_steps(
+    config: Config, device: torch.device, out: str, steps: int, step: Callable[[list[Batch]], float]
+) -> None:
+    """Call `step` with the micro-batches of one step after another; rank 0 appends a row for each to `out`.
+
+    step: trains, and returns the loss as a number, so that it is finished up to its optimizer.
+    """
+    loader = open_loader(config)
+    start = time.perf_counter()
+    for number in range(1, steps + 1):
+        loss = step([batch.to(device) for batch in loader.next_step()])
+        now = time.perf_counter()
+        if dist.get_rank() == 0:
+            tokens = config.train.global_batch * config.train.seq_len
+            append_row(out, number, loss, tokens / (now - start) / dist.get_world_size(), device)
+        start = now
+    loader.close()
 
 
 def build(config: Config, routing: str, device: torch.device) -> nn.Module:
@@ -111,9 +123,8 @@ def open_loader(config: Config) -> Loader:
     )
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, loader: Loader, device: torch.device) -> float:
-    batches = [batch.to(device) for batch in loader.next_step()]
-    total = torch.zeros((), device=device)
+def _step(model: Any, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> float:
+    total = torch.zeros((), device=batches[0].token_BS.device)
     for number, batch in enumerate(batches):
         model.set_requires_gradient_sync(number == len(batches) - 1)
         loss = model(input_ids=batch.token_BS, labels=batch.target_BS, shift_labels=batch.target_BS).loss

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moetrain.checkpoint.lazy import LazyTensor
+from moetrain.config.inherit import flat
 from moetrain.upcycle.base import DenseFFN, Model, Upcycle
 
 _NOT_FUNCTION = ("name", "init_std")
@@ -49,20 +49,13 @@ class Merge(Upcycle):
 
 
 def _refuse_difference(first: Model, other: Model, number: int) -> None:
-    here, there = _flat(asdict(first.config.model)), _flat(asdict(other.config.model))
+    here, there = flat(asdict(first.config.model)), flat(asdict(other.config.model))
     for key, value in here.items():
         if key not in _NOT_FUNCTION and there[key] != value:
             raise ValueError(
                 f"source= number {number} has model.{key}={there[key]}, but the first has {value}; merge needs models "
                 "that differ in their weights only"
             )
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _stack(parts: list[LazyTensor], dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -17,6 +17,7 @@ from moetrain.config.compose import load_config
 from moetrain.config.validate import validate
 from moetrain.plan.params import count
 from moetrain.testing.bench_train import MEGATRON, Case
+from moetrain.testing.peer_transformers import open_loader
 from moetrain.testing.ranks import run_ranks
 from moetrain.trainer import Trainer
 
@@ -99,7 +100,7 @@ def theirs(overrides, weights, routing, dtype, overlap):
         with OnCpu():
             model = peer.build(config, routing, dtype, overlap)
             load(model.module, weights, config.model)
-            optimizer, loader = peer.build_optimizer(model), peer.open_loader(config)
+            optimizer, loader = peer.build_optimizer(model), open_loader(config)
             batches = loader.next_step()
             steps = [peer.train_step(model, optimizer, batches) for _ in range(3)]
         loader.close()
