@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-LEAST = 10.0  # us; shorter events are added up
+LEAST = 3.0  # us; shorter events are added up
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the rows that a rank's experts get, already there; it and a layer take turns, an
 medians of device events of the slowest rank, in ms, with the host ahead of the device as it is in a training step;
 behind each stands the host's own time to launch it, which is what counts where that is the longer one. error is the
 largest relative L2 distance of y, dx, dgates, dw from the same backend in one process. --timeline also prints what rank
-0's device did in one forward pass of each, kernel by kernel and copy by copy.
+0's device did in one forward and backward pass of each, kernel by kernel and copy by copy.
 """
 
 from __future__ import annotations
@@ -58,18 +58,20 @@ class Took:
         return f"{self.device:.3f} | {self.device / limit.device:.2f} | {self.host:.2f}"
 
 
-def slowest_ms(*runs: Callable[[], object]) -> list[Took]:
-    """Medians of each, the runs taking turns: a GPU under power slows down by a tenth within 0.1 s.
+def meet() -> None:
+    """Ranks meet on the device, so that none is charged for another's lag, which is kept waiting, so that none is
+    charged for its host's."""
+    here = torch.zeros(1, device="cuda")
+    torch.cuda._sleep(HEAD_START)
+    dist.all_reduce(here)
 
-    Before each one the ranks meet on the device, so that none is charged for another's lag, and the device is kept
-    waiting, so that none is charged for its host's.
-    """
-    meet = torch.zeros(1, device="cuda")
+
+def slowest_ms(*runs: Callable[[], object]) -> list[Took]:
+    """Medians of each, the runs taking turns: a GPU under power slows down by a tenth within 0.1 s."""
     events, hosts = [], []
     for _ in range(WARMUP + REPEATS):
         for run in runs:
-            torch.cuda._sleep(HEAD_START)
-            dist.all_reduce(meet)
+            meet()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             clock = time.perf_counter()
@@ -160,10 +162,16 @@ def turns(layer: Layer, p: Problem, weights: Weights, limit: Limit, backward: bo
 
 
 def show(label: str, run: Callable[[], object]) -> None:
-    """Collective: the device's events of one run, on rank 0's stderr."""
-    events = device_events.record(run)
-    if dist.get_rank() == 0:
-        print(label, *device_events.describe(events), sep="\n", file=sys.stderr, flush=True)
+    """Collective: the device's events of one run, with the host as far ahead as in `slowest_ms`, on rank 0's stderr."""
+
+    def met() -> None:
+        meet()
+        run()
+
+    events = device_events.record(met)
+    slept = max((i for i, event in enumerate(events) if "spin" in event.name), default=-2)
+    if dist.get_rank() == 0:  # behind the sleep and the meeting
+        print(label, *device_events.describe(events[slept + 2 :]), sep="\n", file=sys.stderr, flush=True)
 
 
 def measure(shape: Shape, kind: str, transports: list[str], timeline: bool) -> list[str]:
@@ -193,7 +201,8 @@ def measure(shape: Shape, kind: str, transports: list[str], timeline: bool) -> l
             layer, took, least, chunks, error = best
             alone, forward = turns(layer, p, weights, limit, False)
             if timeline:
-                show(f"{head} | {label}", lambda: step(layer, p, weights, limit.backend, False))  # noqa: B023
+                show(f"{head} | compute only", lambda: limit.run(True))
+                show(f"{head} | {label}", lambda: step(layer, p, weights, limit.backend, True))  # noqa: B023
             verdict = "" if error < BAR else " WRONG"
             if not rows:
                 rows.append(
@@ -226,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
     parser.add_argument("--routing", nargs="+", default=list(ZIPF), choices=list(ZIPF))
     parser.add_argument("--transports", nargs="+", default=list(TRANSPORTS), choices=list(TRANSPORTS))
-    parser.add_argument("--timeline", action="store_true", help="also the device's events of a forward pass")
+    parser.add_argument("--timeline", action="store_true", help="also the device's events of a pass")
     options = parser.parse_args(argv)
     shapes = [shape for shape in SHAPES if shape.name in options.shapes]
     if options.dry_run:

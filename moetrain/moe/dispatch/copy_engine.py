@@ -9,8 +9,8 @@ One leg, with its number n. Buffers serve all layers and passes in turn; every l
            for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
     here   the experts' first half of the own rows; then a part of the peers' rows when its copies have arrived:
            write the sums into HOME of their owners, post "home from r, part p = n" to them
-    beside when the last of them is posted: wait for "home from s, part p >= n" of each peer, copy it here
-    here   the second half of the own rows meanwhile, backward all weight gradients too; add up
+    beside for each part p, while the experts work on the next: wait for "home from s, part p >= n", copy it here
+    here   the second half of the own rows while the last part travels, backward all weight gradients too; add up
 OUT is free for leg n + 1: every peer posted its last "home" of leg n after copying it, and this rank has waited for
 those. HOME of s is free when a piece of leg n + 1 with rows of s is done: s posted "out" after it had added up leg n.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,11 +74,20 @@ class Segment:
     stop: int
 
 
+def cuts(ranks: int, tokens: int, parts: int) -> list[slice]:
+    """The parts of the rows of `ranks - 1` peers. The last is at most one peer's: only as many own rows hide its way
+    home. The others are equal."""
+    total = (ranks - 1) * tokens
+    before = total - min(tokens, total // parts)
+    ends = [before * part // max(parts - 1, 1) for part in range(parts)] + [total]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
 def segments(rank: int, ranks: int, tokens: int, parts: int) -> list[Segment]:
-    """How `rank` cuts its peers' rows, nearest peer first, into equal parts; every rank can work out every other's."""
-    found, total = [], (ranks - 1) * tokens
-    for part in range(parts):
-        start, stop = total * part // parts, total * (part + 1) // parts
+    """How `rank` cuts its peers' rows, nearest peer first; every rank can work out every other's."""
+    found = []
+    for part, cut in enumerate(cuts(ranks, tokens, parts)):
+        start, stop = cut.start, cut.stop
         while start < stop:
             peer, token = divmod(start, tokens)
             length = min(stop - start, tokens - token)
@@ -166,6 +176,10 @@ class _Leg:
         self.label_ML = None if label_TL is None else label_TL.new_empty((ranks - 1) * most, label_TL.shape[1])
         self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
         self.home_RTK: Tensor | None = None
+        if label_TL is None:  # gradients, with those of gates
+            gates = self.dispatch.buffer(self.memory.rank, "home_gates")
+            self.home_RTK = gates.new_empty(ranks - 1, most, shape.top_k)
+        self.cuts = cuts(ranks, most, trip.parts)
         self.mine = self.dispatch.segments(self.memory.rank, trip.parts, most)
         # From here the rows are there, and the landing places are free: their former users are done.
         self.memory.after(self.memory.mark(), beside=True)
@@ -205,12 +219,8 @@ class _Leg:
         if piece == 0:
             return self.row_TD, self.label_TL
         self.memory.after(self.arrived[piece - 1])
-        rows = self._rows(piece - 1)
+        rows = self.cuts[piece - 1]
         return self.row_MD[rows], None if self.label_ML is None else self.label_ML[rows]
-
-    def _rows(self, part: int) -> slice:
-        total = self.row_MD.shape[0]
-        return slice(total * part // self.trip.parts, total * (part + 1) // self.trip.parts)
 
     def room(self, piece: int) -> Tensor | None:
         """Where a part of the peers' rows goes home from, if that is one stretch of memory; own rows go nowhere."""
@@ -223,7 +233,7 @@ class _Leg:
         """Rows of a part, and their place at home: one, unless there is room for more tokens than peers have."""
         home = self.dispatch.buffer(self.memory.rank, name)
         if self.trip.most == home.shape[1]:
-            return [(slice(None), home.flatten(0, 1)[self._rows(part)])]
+            return [(slice(None), home.flatten(0, 1)[self.cuts[part]])]
         places, position = [], 0
         for seg in (seg for seg in self.mine if seg.part == part):
             given = slice(position, position + seg.stop - seg.start)
@@ -237,33 +247,32 @@ class _Leg:
             self.own = row_MD, gate_MK
             return
         made = {"home_rows": row_MD} if gate_MK is None else {"home_rows": row_MD, "home_gates": gate_MK}
+        if gate_MK is None:
+            self.home_RTK = None
         for name, sums in made.items():
             for given, home in self._places(name, piece - 1):
                 if home.data_ptr() != sums[given].data_ptr():
                     home.copy_(sums[given])
         for seg in (seg for seg in self.mine if seg.part == piece - 1):
             self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number)
-        if piece == self.trip.parts:
-            self.returned = self._fetch_home(gate_MK)
+        self._fetch_home(piece - 1)
 
-    def _fetch_home(self, gate_MK: Tensor | None) -> Any:
-        """What peers' experts made of this rank's rows."""
-        if gate_MK is not None:
-            shape = (len(self.dispatch.peers), self.trip.most, gate_MK.shape[1])
-            self.home_RTK = gate_MK.new_empty(shape)
+    def _fetch_home(self, part: int) -> None:
+        """What peers' experts make of this rank's rows in that part of theirs. Its landing place is there from the
+        start, so nothing here waits for this rank's experts."""
         rank = self.memory.rank
-        self.memory.after(self.memory.mark(), beside=True)
         for index, peer in enumerate(reversed(self.dispatch.peers)):  # the one whose first peer this rank is, first
             for seg in self.dispatch.segments(peer, self.trip.parts, self.trip.most):
-                if seg.source != rank:
+                if (seg.part, seg.source) != (part, rank):
                     continue
-                self.memory.wait(self.dispatch.home_flag(peer, seg.part), self.number)
+                self.memory.wait(self.dispatch.home_flag(peer, part), self.number)
                 place, there = slice(seg.start, seg.stop), (rank - peer - 1) % self.memory.size
                 self.memory.copy(self.home_RTD[index, place], self.dispatch.buffer(peer, "home_rows")[there, place])
                 if self.home_RTK is not None:
                     gates = self.dispatch.buffer(peer, "home_gates")[there, place]
                     self.memory.copy(self.home_RTK[index, place], gates)
-        return self.memory.mark(beside=True)
+        if part == self.trip.parts - 1:
+            self.returned = self.memory.mark(beside=True)
 
     def rest(self) -> Callable[[], tuple[Tensor, Tensor | None]]:
         def came_home() -> tuple[Tensor, Tensor | None]:

@@ -87,7 +87,7 @@ def rooms(directory, most):
         found.append(0)
         assert leg.room(0) is None  # own rows stay
         for part in range(chunks - 1):
-            room, rows = leg.room(part + 1), leg._rows(part)
+            room, rows = leg.room(part + 1), leg.cuts[part]
             if room is not None:
                 assert room.data_ptr() == home[rows].data_ptr()
                 assert len(room) == rows.stop - rows.start
@@ -97,6 +97,32 @@ def rooms(directory, most):
 
 def test_sums_of_several_peers_are_made_where_they_read_them(tmp_path):
     assert run_ranks(rooms, WORLD, tmp_path, MOST) == [[1, 2, 3, 4]] * WORLD
+
+
+def home_after_first_part(directory):
+    """What has come home when the first part of peers' rows is done, and no other part has even been begun."""
+    memory = FileMemory(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
+    dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", 3, (), dist.group.WORLD))
+    rows = torch.full((MOST, D), 1.0 + memory.rank, dtype=torch.float64)
+    leg = copy_engine._Leg(copy_engine._Trip(dispatcher, MOST, 3, MOST), rows, None)
+    leg.home_RTD.zero_()
+    leg.give(1, 10 * leg.arrive(1)[0])
+    dist.barrier()
+    return leg.home_RTD[:, :, 0].tolist()
+
+
+def test_sums_go_home_while_experts_work_on_the_next_part(tmp_path):
+    """Two peers' rows are a rank's first part, so two of three peers have sums for it."""
+    for rank, home in enumerate(run_ranks(home_after_first_part, WORLD, tmp_path)):
+        assert home == [[10.0 * (rank + 1)] * MOST] * 2 + [[0.0] * MOST]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parts", "lengths"),
+    [(4, 1, [21]), (4, 2, [14, 7]), (4, 3, [7, 7, 7]), (8, 3, [21, 21, 7]), (2, 2, [4, 3]), (4, 4, [5, 5, 6, 5])],
+)
+def test_the_last_part_is_at_most_one_peers(ranks, parts, lengths):
+    assert [cut.stop - cut.start for cut in copy_engine.cuts(ranks, 7, parts)] == lengths
 
 
 @pytest.mark.parametrize(("ranks", "tokens", "parts"), [(2, 5, 1), (4, 7, 3), (4, 7, 5), (3, 2, 7), (8, 1, 3)])
