@@ -45,6 +45,7 @@ from . import (
 KERNEL_MODULES = (plan, up, gemm, combine, swiglu_grad, weight_grad, spans)
 KERNEL_MODULES += (router, softmax_loss, rotation, norm, update, dtypes, dense)
 RING_MODULES = (gemm_ws, down_grad_ws, weight_grad_ws)
+FOLLOWS = "griddepcontrol.wait"
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
 
@@ -71,13 +72,29 @@ def kernel_names(arch: int) -> set[str]:
     return {n for n in names if n.endswith("_kernel")}
 
 
+def early_kernels() -> set[str]:
+    """Those that may be launched before the one in front of them has ended."""
+    found = (v for m in KERNEL_MODULES + RING_MODULES for v in vars(m).values() if isinstance(v, launch.Launcher))
+    return {launcher.kernel.fn.__name__ for launcher in found if launcher.early}
+
+
+def follows(ptx: str) -> bool:
+    """Whether a kernel waits for the one in front of it, and reaches for no memory before that."""
+    before, found, _ = ptx.partition(FOLLOWS)
+    reached = ("ld.global", "st.global", "atom.", "red.", "cp.async", "ld.volatile", "prefetch")
+    return bool(found) and not any(access in before for access in reached)
+
+
 @contextmanager
 def compiling_for(arch: int, report: list[tuple[str, int]]) -> Iterator[None]:
     """Inside, a kernel launch compiles for `arch` and appends (name, shared-memory bytes) to the report."""
-    run = JITFunction.run
+    run, early = JITFunction.run, early_kernels()
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        name, waits = kernel.fn.__name__, arch >= 90 and kernel.fn.__name__ in early
+        if waits != follows(compiled.asm["ptx"]):
+            raise ValueError(f"{name} is launched early but does not follow, or the reverse")
         report.append((kernel.fn.__name__, compiled.metadata.shared))
         return compiled
 

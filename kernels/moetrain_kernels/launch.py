@@ -56,10 +56,12 @@ class Launcher:
     take. The key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte
     alignment; an integer's width, and whether it is 1 or a multiple of 16. Integers that follow the routing should be
     declared do_not_specialize: they would compile kernels of their own.
+
+    early: the kernel calls `follow` first, and may be launched before the one in front of it has ended (follow.py).
     """
 
-    def __init__(self, kernel):
-        self.kernel = kernel
+    def __init__(self, kernel, early: bool = False):
+        self.kernel, self.early = kernel, early
         self.variants: dict[tuple, object] = {}
 
     def __call__(self, grid: tuple[int, ...], args: tuple, constants: dict, **options: int) -> None:
@@ -72,7 +74,8 @@ class Launcher:
         key = (tensor.device, values, tuple(options.values()), *map(_trait, args))
         variant = self.variants.get(key)
         if variant is None:
-            self.variants[key] = self.kernel[grid](*args, **constants, **options)
+            ahead = {"launch_pdl": True} if self.early and device_traits(tensor.device)[1] >= 90 else {}
+            self.variants[key] = self.kernel[grid](*args, **constants, **options, **ahead)
         else:
             variant[grid](*args, *values)
 
