@@ -72,12 +72,6 @@ def kernel_names(arch: int) -> set[str]:
     return {n for n in names if n.endswith("_kernel")}
 
 
-def early_kernels() -> set[str]:
-    """Those that may be launched before the one in front of them has ended."""
-    found = (v for m in KERNEL_MODULES + RING_MODULES for v in vars(m).values() if isinstance(v, launch.Launcher))
-    return {launcher.kernel.fn.__name__ for launcher in found if launcher.early}
-
-
 def follows(ptx: str) -> bool:
     """Whether a kernel waits for the one in front of it, and reaches for no memory before that."""
     before, found, _ = ptx.partition(FOLLOWS)
@@ -88,20 +82,20 @@ def follows(ptx: str) -> bool:
 @contextmanager
 def compiling_for(arch: int, report: list[tuple[str, int]]) -> Iterator[None]:
     """Inside, a kernel launch compiles for `arch` and appends (name, shared-memory bytes) to the report."""
-    run, early = JITFunction.run, early_kernels()
+    run = JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        name, waits = kernel.fn.__name__, arch >= 90 and kernel.fn.__name__ in early
-        if waits != follows(compiled.asm["ptx"]):
-            raise ValueError(f"{name} is launched early but does not follow, or the reverse")
+        if compiled.metadata.launch_pdl and not follows(compiled.asm["ptx"]):
+            raise ValueError(f"{kernel.fn.__name__} is launched early and reaches for memory before it follows")
         report.append((kernel.fn.__name__, compiled.metadata.shared))
         return compiled
 
     with ExitStack() as stack:
         triton.runtime.driver.set_active(_Driver(arch))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        stack.enter_context(mock.patch.object(configs, "device_traits", return_value=(132, arch)))
+        for module in (configs, launch):
+            stack.enter_context(mock.patch.object(module, "device_traits", return_value=(132, arch)))
         stack.enter_context(mock.patch.object(pieces, "check"))  # which would ask for CUDA tensors
         yield
 

@@ -68,16 +68,20 @@ class Launcher:
         """`args` come before the constants in the kernel's signature, in order; grid is (x, y, z)."""
         tensor = next(a for a in args if isinstance(a, torch.Tensor))
         if not tensor.is_cuda:  # interpreted, or compiled only
-            self.kernel[grid](*args, **constants, **options)
+            self._compiled(tensor.device, grid, args, constants, options)
             return
         values = tuple(constants.values())
         key = (tensor.device, values, tuple(options.values()), *map(_trait, args))
         variant = self.variants.get(key)
         if variant is None:
-            ahead = {"launch_pdl": True} if self.early and device_traits(tensor.device)[1] >= 90 else {}
-            self.variants[key] = self.kernel[grid](*args, **constants, **options, **ahead)
+            self.variants[key] = self._compiled(tensor.device, grid, args, constants, options)
         else:
             variant[grid](*args, *values)
+
+    def _compiled(self, device: torch.device, grid: tuple[int, ...], args: tuple, constants: dict, options: dict):
+        """Launches by Triton's own lookup, which compiles what is new, and returns the variant."""
+        ahead = {"launch_pdl": True} if self.early and device_traits(device)[1] >= 90 else {}
+        return self.kernel[grid](*args, **constants, **options, **ahead)
 
 
 def _trait(arg: object) -> object:
