@@ -17,7 +17,7 @@ import triton.language as tl
 from .launch import Launcher, cdiv, power_of_2
 
 BLOCK_SLOTS = 128
-TABLE_ROWS = 32
+TABLE_CELLS = 2**14  # of the [E, TABLE] comparisons that fill the tables
 WARPS = BLOCK_SLOTS // 32  # a thread per slot
 COUNTERS = {"up": 2, "down": 3, "down_grad": 4, "dx": 5}  # the entry of sizes_6 that a ring kernel draws its tiles from
 
@@ -261,12 +261,13 @@ def sort_rows(
     )
     args = (counts_EB, total_E, num_blocks)
     launch_prefix((num_experts, 1, 1), args, {"BLOCK": min(2048, power_of_2(num_blocks))}, num_warps=4)
-    programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
+    table = max(1, min(32, TABLE_CELLS // e_pow2))
+    programs = cdiv(num_experts, table) + cdiv(max_tiles, table) + num_blocks
     outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_6)
     launch_scatter(
         (programs, 1, 1),
         (expert_TK, counts_EB, total_E, *outputs, num_slots, num_blocks, rows, max_tiles, base),
-        {**sizes, "BLOCK_M": block_m, "BLOCK": BLOCK_SLOTS, "TABLE": TABLE_ROWS},
+        {**sizes, "BLOCK_M": block_m, "BLOCK": BLOCK_SLOTS, "TABLE": table},
         num_warps=WARPS,
     )
     return plan
