@@ -192,7 +192,7 @@ def scatter_kernel(
     BLOCK: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """The first cdiv(E, TABLE) programs write spans and sizes, the next the tile table, the last `num_blocks` place slots.
+    """First cdiv(E, TABLE) programs write spans and sizes, the next write the tile table, and `num_blocks` place slots.
 
     The tables' programs take longest, so they start first.
     """
