@@ -4,7 +4,7 @@
 
 A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every layer step
 follows a limit step, and all tables take turns. Prints the ratios, and per kernel its device milliseconds inside a
-step, in launch order.
+step.
 """
 
 from __future__ import annotations
@@ -22,8 +22,19 @@ from experts import step
 from moetrain_kernels import compile_check, configs, experts, moe_experts, plan
 from shapes import SHAPES, Shape, dense_matmuls, tokens, weights
 
-FORWARD = ["histogram", "prefix", "scatter", "up", "down", "combine"]
-BACKWARD = ["down_grad", "swiglu_grad", "dw_down", "dw_up", "dx", "combine"]
+LAUNCHES = {  # of each kernel within a step, in the order in which they start
+    "histogram_kernel": ["histogram"],
+    "prefix_kernel": ["prefix"],
+    "scatter_kernel": ["scatter"],
+    "up_swiglu_kernel": ["up"],
+    "grouped_gemm_kernel": ["down", "down_grad", "dx"],
+    "rows_ws_kernel": ["up", "down", "dx"],
+    "down_grad_ws_kernel": ["down_grad"],
+    "swiglu_grad_kernel": ["swiglu_grad"],
+    "weight_grad_kernel": ["dw_up", "dw_down"],
+    "weight_grad_ws_kernel": ["dw_up", "dw_down"],
+    "combine_kernel": ["combine y", "combine"],
+}
 
 
 def ring(**changes: object) -> configs.Config:
@@ -79,19 +90,20 @@ def in_turn(runs: list[Callable[[int], object]], repeats: int = 12) -> list[floa
 
 
 def kernel_ms(run: Callable[[int], object], repeats: int = 6) -> dict[str, float]:
-    """Median milliseconds of each launch of a step, in order."""
+    """Median milliseconds of each launch of a step; kernels beside each other count twice."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         for i in range(repeats):
             run(i)
         torch.cuda.synchronize()
-    found = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA and "_kernel" in e.name]
-    found.sort(key=lambda e: e.time_range.start)
-    names = FORWARD + [n for n in BACKWARD if n != "swiglu_grad" or any(n in e.name for e in found)]
-    if len(found) != repeats * len(names):
-        return {}
-    rows = [found[i :: len(names)] for i in range(len(names))]
-    places = [f"{name} y" if i == 5 else name for i, name in enumerate(names)]
-    return {n: statistics.median(e.time_range.elapsed_us() for e in row) / 1e3 for n, row in zip(places, rows)}
+    found = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA and e.name in LAUNCHES]
+    parts = {}
+    for kernel, names in LAUNCHES.items():
+        of_kernel = sorted((e for e in found if e.name == kernel), key=lambda e: e.time_range.start)
+        if len(of_kernel) == repeats * len(names):
+            for i, name in enumerate(names):
+                each = [e.time_range.elapsed_us() for e in of_kernel[i :: len(names)]]
+                parts[name] = statistics.median(each) / 1e3
+    return parts
 
 
 def runner(shape: Shape, zipf: float) -> Callable[[str], Callable[[int], object]]:

@@ -7,6 +7,7 @@ Gathered x, the activation, and the experts' un-combined output are recomputed o
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cache
 
 import torch
 
@@ -49,6 +50,12 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Its kernels start first, so what is on the usual stream fills the multiprocessors that they leave."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def forward(
     x_TD: torch.Tensor,
     plan: RowPlan,
@@ -73,23 +80,34 @@ def backward(
     config: Config,
     need: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, gate, w_gate_up, w_down; `need` says which of (x or gate, w_gate_up, w_down) to compute."""
+    """Gradients of x, gate, w_gate_up, w_down; `need` says which of (x or gate, w_gate_up, w_down) to compute.
+
+    Those of the weights come from a stream beside dx's combine, which is bound by memory as they are not.
+    """
     w_gate_up_E2FD, w_down_EDF = weights
     num_experts, _, num_f, num_d = w_gate_up_E2FD.shape
     dx_TD = dgate_TK = dw_gate_up_E2FD = dw_down_EDF = None
     dh_R2F, a_RF, part_RP = down_grad(dy_TD, gate_TK, plan, w_down_EDF, h_R2F, config.down_grad)
-    rows = one_piece(plan)
-    if need[2]:
-        dw_down_EDF = weight_grad(dy_TD, a_RF, rows, torch.empty_like(w_down_EDF), False, config.dw_down)
-    del a_RF
-    if need[1]:
-        dw_gate_up_E2FD = torch.empty_like(w_gate_up_E2FD)
-        weight_grad(x_TD, dh_R2F, rows, dw_gate_up_E2FD.view(num_experts, 2 * num_f, num_d), True, config.dw_up)
+    rows, w_up_rows = one_piece(plan), w_gate_up_E2FD.view(num_experts, 2 * num_f, num_d)
     if need[0]:
         dgate_TK = torch.empty_like(gate_TK)
-        w_up_rows = w_gate_up_E2FD.view(num_experts, 2 * num_f, num_d)
         dx_RD = grouped_gemm(dh_R2F, plan, w_up_rows, config.dx, transposed=True)
+    if need[1]:
+        dw_gate_up_E2FD = torch.empty_like(w_gate_up_E2FD)
+    if need[2]:
+        dw_down_EDF = torch.empty_like(w_down_EDF)
+    side = _side_stream(x_TD.device) if x_TD.is_cuda and need[0] and (need[1] or need[2]) else None
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream(x_TD.device))
+    with torch.cuda.stream(side):
+        if need[1]:
+            weight_grad(x_TD, dh_R2F, rows, dw_gate_up_E2FD.view_as(w_up_rows), True, config.dw_up)
+        if need[2]:
+            weight_grad(dy_TD, a_RF, rows, dw_down_EDF, False, config.dw_down)
+    if need[0]:
         dx_TD = combine(dx_RD, plan, part_RP=part_RP, dgate_TK=dgate_TK)
+    if side is not None:  # before any tensor of here is freed: the allocator knows of this stream only
+        torch.cuda.current_stream(x_TD.device).wait_stream(side)
     return dx_TD, dgate_TK, dw_gate_up_E2FD, dw_down_EDF
 
 

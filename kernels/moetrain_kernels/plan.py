@@ -1,7 +1,8 @@
 """Routing metadata, built on the device: slots sorted by expert, expert spans, and the table of row tiles.
 
 A counting sort in three launches and no host synchronisation: per-block histogram, prefix over blocks, scatter. It is
-stable (rows of one expert keep slot order), so everything computed from it repeats bit for bit.
+stable (rows of one expert keep slot order), so everything computed from it repeats bit for bit. Comparison matrices are
+summed over their first axis, which one thread holds: over the second, every sum crosses a warp and the matrix is kept.
 Slots: S = T*K, slot = t*K + k. Rows: active slots in expert order. A tile is up to `block_m` rows of one expert.
 """
 
@@ -17,7 +18,8 @@ from .follow import follow
 from .launch import Launcher, cdiv, power_of_2
 
 BLOCK_SLOTS = 128
-TABLE_ROWS = 32
+TABLE_CELLS = 2**14  # of the [E, TABLE] comparisons that fill the tables
+WARPS = BLOCK_SLOTS // 32  # a thread per slot
 COUNTERS = {"up": 2, "down": 3, "down_grad": 4, "dx": 5}  # the entry of sizes_6 that a ring kernel draws its tiles from
 
 
@@ -73,13 +75,13 @@ def histogram_kernel(
     E_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """counts[e, b] = slots of block b that name expert e."""
+    """counts[e, b] = slots of block b that name expert e, counted by integer additions in shared memory."""
     follow()
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = _experts(expert_TK, slot, num_slots, base, K, STRIDE)
     ids = tl.arange(0, E_POW2)
-    count = tl.sum((expert[:, None] == ids[None, :]).to(tl.int32), axis=0)
+    count = tl.histogram(expert, E_POW2, mask=(expert >= 0) & (expert < E))
     tl.store(counts_EB + ids.to(tl.int64) * num_blocks + block, count, mask=ids < E)
 
 
@@ -103,7 +105,6 @@ def _scatter_block(
     expert_TK,
     prefix_EB,
     count,
-    ids,
     slot_R,
     row_S,
     block,
@@ -116,20 +117,19 @@ def _scatter_block(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    slot = block * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < num_slots
+    i = tl.arange(0, BLOCK)
+    slot = block * BLOCK + i
     expert = _experts(expert_TK, slot, num_slots, base, K, STRIDE)
     used = (expert >= 0) & (expert < E)
-    first = tl.sum(tl.where(ids[None, :] < expert[:, None], count[None, :], 0), axis=1)
     prefix = tl.load(prefix_EB + expert.to(tl.int64) * num_blocks + block, mask=used, other=0)
     # Rank among equals of this block: a comparison matrix, whose cost does not grow with the number of experts.
-    j = tl.arange(0, BLOCK)
-    other = _experts(expert_TK, block * BLOCK + j, num_slots, base, K, STRIDE)
-    earlier = (other[None, :] == expert[:, None]) & (j[None, :] < tl.arange(0, BLOCK)[:, None])
-    row = first + prefix + tl.sum(earlier.to(tl.int32), axis=1)
+    earlier = (expert[:, None] == expert[None, :]) & (i[:, None] < i[None, :])
+    rank = tl.sum(earlier.to(tl.int32), axis=0)
+    first = tl.gather(tl.cumsum(count, axis=0) - count, tl.where(used, expert, 0), axis=0)
+    row = first + prefix + rank
     used = used & (row < max_rows)
     tl.store(slot_R + row, slot, mask=used)
-    tl.store(row_S + slot, tl.where(used, row, -1), mask=inside)
+    tl.store(row_S + slot, tl.where(used, row, -1), mask=slot < num_slots)
 
 
 @triton.jit
@@ -138,10 +138,10 @@ def _write_spans(
 ):
     e = first + tl.arange(0, TABLE)
     mine = tl.load(total_E + e, mask=e < E, other=0)
-    start = tl.sum(tl.where(ids[None, :] < e[:, None], count[None, :], 0), axis=1)
+    start = tl.gather(tl.cumsum(count, axis=0) - count, tl.minimum(e, E - 1), axis=0)
     # The expert's place by descending count, ties by id: weight gradients start with the longest reductions.
-    ahead = (count[None, :] > mine[:, None]) | ((count[None, :] == mine[:, None]) & (ids[None, :] < e[:, None]))
-    place = tl.sum(ahead.to(tl.int32), axis=1)
+    ahead = (count[:, None] > mine[None, :]) | ((count[:, None] == mine[None, :]) & (ids[:, None] < e[None, :]))
+    place = tl.sum(ahead.to(tl.int32), axis=0)
     tl.store(spans_E3 + 3 * place, e, mask=e < E)
     tl.store(spans_E3 + 3 * place + 1, tl.minimum(start, max_rows), mask=e < E)
     tl.store(spans_E3 + 3 * place + 2, tl.minimum(start + mine, max_rows), mask=e < E)
@@ -155,18 +155,18 @@ def _write_spans(
 
 @triton.jit
 def _write_tiles(
-    count, ids, tiles_M3, first_tile, max_rows, max_tiles, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
+    count, tiles_M3, first_tile, max_rows, max_tiles, E: tl.constexpr, BLOCK_M: tl.constexpr, TABLE: tl.constexpr
 ):
     end = tl.minimum(tl.cumsum(count, axis=0), max_rows)
     start = tl.minimum(tl.cumsum(count, axis=0) - count, max_rows)
     tiles = (end - start + BLOCK_M - 1) // BLOCK_M
     tile_end = tl.cumsum(tiles, axis=0)
     t = first_tile + tl.arange(0, TABLE)
-    expert = tl.sum((tile_end[None, :] <= t[:, None]).to(tl.int32), axis=1)
-    here = ids[None, :] == expert[:, None]
-    row0 = tl.sum(tl.where(here, (start - (tile_end - tiles) * BLOCK_M)[None, :], 0), axis=1)
-    row_end = tl.sum(tl.where(here, end[None, :], 0), axis=1)
+    expert = tl.sum((tile_end[:, None] <= t[None, :]).to(tl.int32), axis=0)
     live = (t < max_tiles) & (expert < E)
+    known = tl.where(live, expert, 0)
+    row0 = tl.gather(start - (tile_end - tiles) * BLOCK_M, known, axis=0)
+    row_end = tl.gather(end, known, axis=0)
     tl.store(tiles_M3 + 3 * t, expert, mask=live)
     tl.store(tiles_M3 + 3 * t + 1, row0 + t * BLOCK_M, mask=live)
     tl.store(tiles_M3 + 3 * t + 2, row_end, mask=live)
@@ -195,21 +195,24 @@ def scatter_kernel(
     BLOCK: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """Programs [0, blocks) place slots; the next cdiv(E, TABLE) write spans and sizes; the rest the tile table."""
+    """First cdiv(E, TABLE) programs write spans and sizes, the next write the tile table, and `num_blocks` place slots.
+
+    The tables' programs take longest, so they start first.
+    """
     follow()
     pid = tl.program_id(0)
     ids = tl.arange(0, E_POW2)
     count = tl.load(total_E + ids, mask=ids < E, other=0)
     span_programs = (E + TABLE - 1) // TABLE
-    if pid < num_blocks:
+    block = pid - (tl.num_programs(0) - num_blocks)
+    if block >= 0:
         _scatter_block(
             expert_TK,
             prefix_EB,
             count,
-            ids,
             slot_R,
             row_S,
-            pid,
+            block,
             num_slots,
             num_blocks,
             max_rows,
@@ -219,12 +222,11 @@ def scatter_kernel(
             E,
             BLOCK,
         )
-    elif pid < num_blocks + span_programs:
-        first = (pid - num_blocks) * TABLE
-        _write_spans(total_E, count, ids, spans_E3, sizes_6, first, max_rows, E, BLOCK_M, TABLE)
+    elif pid < span_programs:
+        _write_spans(total_E, count, ids, spans_E3, sizes_6, pid * TABLE, max_rows, E, BLOCK_M, TABLE)
     else:
-        first_tile = (pid - num_blocks - span_programs) * TABLE
-        _write_tiles(count, ids, tiles_M3, first_tile, max_rows, max_tiles, E, BLOCK_M, TABLE)
+        first_tile = (pid - span_programs) * TABLE
+        _write_tiles(count, tiles_M3, first_tile, max_rows, max_tiles, E, BLOCK_M, TABLE)
 
 
 launch_histogram = Launcher(histogram_kernel, early=True)
@@ -251,8 +253,7 @@ def sort_rows(
     if num_slots == 0:
         return plan
     counts_EB, total_E = empty(num_experts, num_blocks), empty(num_experts)
-    e_pow2 = power_of_2(num_experts)
-    warps = 4 if e_pow2 <= 128 else 8 if e_pow2 == 256 else 16  # the [slots, E] comparisons stay in registers
+    e_pow2 = max(BLOCK_SLOTS, power_of_2(num_experts))  # no fewer than threads: Triton need not copy any
     if expert_TK.stride(1) != 1:
         expert_TK = expert_TK.contiguous()
     sizes = {"K": expert_TK.shape[1], "STRIDE": expert_TK.stride(0), "E": num_experts, "E_POW2": e_pow2}
@@ -260,16 +261,17 @@ def sort_rows(
         (num_blocks, 1, 1),
         (expert_TK, counts_EB, num_slots, num_blocks, base),
         {**sizes, "BLOCK": BLOCK_SLOTS},
-        num_warps=warps,
+        num_warps=WARPS,
     )
     args = (counts_EB, total_E, num_blocks)
     launch_prefix((num_experts, 1, 1), args, {"BLOCK": min(2048, power_of_2(num_blocks))}, num_warps=4)
-    programs = num_blocks + cdiv(num_experts, TABLE_ROWS) + cdiv(max_tiles, TABLE_ROWS)
+    table = max(1, min(32, TABLE_CELLS // e_pow2))
+    programs = cdiv(num_experts, table) + cdiv(max_tiles, table) + num_blocks
     outputs = (plan.slot_R, plan.row_TK, plan.tiles_M3, plan.spans_E3, plan.sizes_6)
     launch_scatter(
         (programs, 1, 1),
         (expert_TK, counts_EB, total_E, *outputs, num_slots, num_blocks, rows, max_tiles, base),
-        {**sizes, "BLOCK_M": block_m, "BLOCK": BLOCK_SLOTS, "TABLE": TABLE_ROWS},
-        num_warps=warps,
+        {**sizes, "BLOCK_M": block_m, "BLOCK": BLOCK_SLOTS, "TABLE": table},
+        num_warps=WARPS,
     )
     return plan

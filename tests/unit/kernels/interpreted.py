@@ -56,21 +56,48 @@ def bound(name, tma):
     return getattr(configs.INTERPRETED.on(3, tma, "ieee"), name)
 
 
+def check_plan(got, want, num_rows):
+    """Every table of a plan against the reference's, whose rows past `num_rows` are dropped."""
+    rows = min(want.slot_R.numel(), num_rows)
+    spans = [(e, min(start, rows), min(end, rows)) for e, start, end in want.spans()]
+    tiles = [(e, row, end) for e, start, end in spans for row in range(start, end, got.block_m)]
+    by_count = sorted(want.spans(), key=lambda span: (span[1] - span[2], span[0]))
+    assert got.sizes_6.tolist() == [len(tiles), rows, 0, 0, 0, 0]
+    assert torch.equal(got.slot_R[:rows].long(), want.slot_R[:rows])
+    assert torch.equal(got.row_TK.long(), torch.where(want.row_TK < rows, want.row_TK, -1))
+    assert [tuple(span) for span in got.spans_E3.tolist()] == [spans[e] for e, _, _ in by_count]
+    assert [tuple(tile) for tile in got.tiles_M3[: len(tiles)].tolist()] == tiles
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_sort_rows(data):
     num_t, top_k, num_e = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
     ids = data.draw(st.lists(st.integers(-1, num_e), min_size=num_t * top_k, max_size=num_t * top_k))
-    expert = torch.tensor(ids).view(num_t, top_k)
-    got, want = plans(expert, num_e)
-    rows = want.slot_R.numel()
-    assert got.sizes_6[1] == rows
-    assert torch.equal(got.slot_R[:rows].long(), want.slot_R)
-    assert torch.equal(got.row_TK.long(), want.row_TK)
-    by_count = sorted(want.spans(), key=lambda span: (span[1] - span[2], span[0]))
-    assert [tuple(span) for span in got.spans_E3.tolist()] == by_count
-    tiles = [(e, row, end) for e, start, end in want.spans() for row in range(start, end, got.block_m)]
-    assert [tuple(tile) for tile in got.tiles_M3[: int(got.sizes_6[0])].tolist()] == tiles
+    got, want = plans(torch.tensor(ids).view(num_t, top_k), num_e)
+    check_plan(got, want, num_t * top_k)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.tuples(st.integers(1, 150), st.integers(1, 4), st.sampled_from([1, 3, 33, 128, 129, 300])),
+    st.integers(0, 2**16),
+    st.integers(0, 3),
+    st.sampled_from([0, 5, 1000]),
+    st.sampled_from([torch.int32, torch.int64, torch.float32]),
+    st.floats(0.1, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_sort_rows_of_labels_as_they_travel(shape, seed, behind, base, dtype, bound, skew):
+    """Other columns behind the labels, experts counted from a base, ids that no expert has, and a bound on the rows."""
+    num_t, top_k, num_e = shape
+    g = torch.Generator().manual_seed(seed)
+    label = torch.randint(-1, num_e + 3, (num_t, top_k + behind), generator=g)
+    label[torch.rand(label.shape, generator=g) < skew] = num_e - 1
+    want = reference.sort_rows(label[:, :top_k], num_e)
+    label = torch.where(label < 0, -1, label + base).to(dtype)
+    num_rows = max(1, int(bound * num_t * top_k))
+    check_plan(plan.sort_rows(label[:, :top_k], num_e, 16, num_rows, base), want, num_rows)
 
 
 def test_rows_past_the_bound_are_dropped_in_bounds():
