@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .follow import follow
 from .launch import Launcher, cdiv, power_of_2
 from .plan import RowPlan
 
@@ -38,7 +37,6 @@ def combine_kernel(
 
     To both, sums that were made elsewhere are added: [MORE, more_tokens, N] and [MORE_GATES, more_tokens, K].
     """
-    follow()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -70,7 +68,7 @@ def combine_kernel(
     tl.store(out_ptr + token.to(tl.int64)[:, None] * N + cols[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-launch_combine = Launcher(combine_kernel, early=True)
+launch_combine = Launcher(combine_kernel)
 
 
 def combine(

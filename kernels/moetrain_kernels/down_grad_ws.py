@@ -5,7 +5,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from .follow import follow_ring
 from .gemm_ws import locate
 from .launch import Launcher, Ring, cdiv, launch_ring
 from .plan import COUNTERS, RowPlan
@@ -206,7 +205,6 @@ def down_grad_ws_kernel(
     CONSUMER_REGS: gl.constexpr,
 ):
     """b = dy[token] @ w_down, never stored; from it and H: dh, gate * act, and per column tile part = <b, act>."""
-    follow_ring()
     BM: gl.constexpr = 2 * HALF
     dtype: gl.constexpr = dh_desc.dtype
     _zero_tail(dh_ptr, sizes_6, num_rows, 2 * F, TAIL, P)
@@ -238,7 +236,7 @@ def down_grad_ws_kernel(
     # fmt: on
 
 
-launch_down_grad = Launcher(down_grad_ws_kernel, early=True)
+launch_down_grad = Launcher(down_grad_ws_kernel)
 
 
 def down_grad_ws(

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .follow import follow
 from .gemm_ws import rows_ws
 from .launch import Launcher, Ring, Tiles, block_desc, programs
 from .plan import RowPlan
@@ -46,7 +45,6 @@ def grouped_gemm_kernel(
     Tile and reduction loops are fused by hand, as in up_swiglu_kernel. A weight block may run into the next expert's
     rows: along N those columns are not stored, along C they meet the zeros that `a` reads past its last column.
     """
-    follow()
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     K_TILES: tl.constexpr = (C + BK - 1) // BK
     COLS: tl.constexpr = BN // SPLIT
@@ -80,7 +78,7 @@ def grouped_gemm_kernel(
             acc = tl.zeros((BM, BN), tl.float32)
 
 
-launch_gemm = Launcher(grouped_gemm_kernel, early=True)
+launch_gemm = Launcher(grouped_gemm_kernel)
 
 
 def grouped_gemm(

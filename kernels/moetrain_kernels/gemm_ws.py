@@ -5,7 +5,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .follow import follow_ring
 from .launch import Launcher, Ring, launch_ring
 from .plan import COUNTERS, RowPlan
 from .ws import (
@@ -197,7 +196,6 @@ def rows_ws_kernel(
     [rows, 2, N], and act = silu(gate) * up goes to act_desc. Row tiles have 128 rows; a tile with at most 64 rows in
     use costs one warpgroup's work only.
     """
-    follow_ring()
     BM: gl.constexpr = 2 * HALF
     WIDTH: gl.constexpr = 2 * BN if UP else BN
     dtype: gl.constexpr = out_desc.dtype
@@ -233,7 +231,7 @@ def rows_ws_kernel(
     # fmt: on
 
 
-launch_rows = Launcher(rows_ws_kernel, early=True)
+launch_rows = Launcher(rows_ws_kernel)
 
 
 def rows_ws(

@@ -56,32 +56,25 @@ class Launcher:
     take. The key here is the constants and, per argument, what Triton specialises on: a tensor's dtype and 16-byte
     alignment; an integer's width, and whether it is 1 or a multiple of 16. Integers that follow the routing should be
     declared do_not_specialize: they would compile kernels of their own.
-
-    early: the kernel calls `follow` first, and may be launched before the one in front of it has ended (follow.py).
     """
 
-    def __init__(self, kernel, early: bool = False):
-        self.kernel, self.early = kernel, early
+    def __init__(self, kernel):
+        self.kernel = kernel
         self.variants: dict[tuple, object] = {}
 
     def __call__(self, grid: tuple[int, ...], args: tuple, constants: dict, **options: int) -> None:
         """`args` come before the constants in the kernel's signature, in order; grid is (x, y, z)."""
         tensor = next(a for a in args if isinstance(a, torch.Tensor))
         if not tensor.is_cuda:  # interpreted, or compiled only
-            self._compiled(tensor.device, grid, args, constants, options)
+            self.kernel[grid](*args, **constants, **options)
             return
         values = tuple(constants.values())
         key = (tensor.device, values, tuple(options.values()), *map(_trait, args))
         variant = self.variants.get(key)
         if variant is None:
-            self.variants[key] = self._compiled(tensor.device, grid, args, constants, options)
+            self.variants[key] = self.kernel[grid](*args, **constants, **options)
         else:
             variant[grid](*args, *values)
-
-    def _compiled(self, device: torch.device, grid: tuple[int, ...], args: tuple, constants: dict, options: dict):
-        """Launches by Triton's own lookup, which compiles what is new, and returns the variant."""
-        ahead = {"launch_pdl": True} if self.early and device_traits(device)[1] >= 90 else {}
-        return self.kernel[grid](*args, **constants, **options, **ahead)
 
 
 def _trait(arg: object) -> object:

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .follow import follow
 from .launch import Launcher, cdiv, power_of_2
 
 BLOCK_SLOTS = 128
@@ -76,7 +75,6 @@ def histogram_kernel(
     BLOCK: tl.constexpr,
 ):
     """counts[e, b] = slots of block b that name expert e, counted by integer additions in shared memory."""
-    follow()
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = _experts(expert_TK, slot, num_slots, base, K, STRIDE)
@@ -88,7 +86,6 @@ def histogram_kernel(
 @triton.jit(do_not_specialize=["num_blocks"])
 def prefix_kernel(counts_EB, total_E, num_blocks, BLOCK: tl.constexpr):
     """Per expert, counts become exclusive prefixes over the blocks; the total goes to total_E."""
-    follow()
     expert = tl.program_id(0)
     carry = tl.full((), 0, tl.int32)
     for start in range(0, num_blocks, BLOCK):
@@ -199,7 +196,6 @@ def scatter_kernel(
 
     The tables' programs take longest, so they start first.
     """
-    follow()
     pid = tl.program_id(0)
     ids = tl.arange(0, E_POW2)
     count = tl.load(total_E + ids, mask=ids < E, other=0)
@@ -229,9 +225,9 @@ def scatter_kernel(
         _write_tiles(count, tiles_M3, first_tile, max_rows, max_tiles, E, BLOCK_M, TABLE)
 
 
-launch_histogram = Launcher(histogram_kernel, early=True)
-launch_prefix = Launcher(prefix_kernel, early=True)
-launch_scatter = Launcher(scatter_kernel, early=True)
+launch_histogram = Launcher(histogram_kernel)
+launch_prefix = Launcher(prefix_kernel)
+launch_scatter = Launcher(scatter_kernel)
 
 
 def sort_rows(

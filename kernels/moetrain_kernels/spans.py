@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .follow import follow
 from .launch import Launcher, power_of_2
 from .plan import RowPlan
 
@@ -63,7 +62,6 @@ def note_piece_kernel(
     PIECES: tl.constexpr,
 ):
     """One piece's spans in the order of experts, and where its tokens lie: x in bases[0], dy in bases[1]."""
-    follow()
     j = tl.arange(0, E_POW2)
     inside = j < E
     expert = tl.load(spans_E3 + 3 * j, mask=inside, other=0)
@@ -84,7 +82,6 @@ def note_piece_kernel(
 @triton.jit
 def order_spans_kernel(spans_EP2, spans_E, E: tl.constexpr, E_POW2: tl.constexpr, PIECES: tl.constexpr):
     """Experts by the rows of all pieces, most first, ties by id."""
-    follow()
     e = tl.arange(0, E_POW2)
     other = tl.arange(0, E_POW2)
     rows, others = tl.zeros((E_POW2,), tl.int32), tl.zeros((E_POW2,), tl.int32)
@@ -101,8 +98,8 @@ def order_spans_kernel(spans_EP2, spans_E, E: tl.constexpr, E_POW2: tl.constexpr
         tl.store(out + 1 + i, tl.load(spans_EP2 + 2 * PIECES * e + i, mask=e < E, other=0), mask=e < E)
 
 
-launch_note = Launcher(note_piece_kernel, early=True)
-launch_order = Launcher(order_spans_kernel, early=True)
+launch_note = Launcher(note_piece_kernel)
+launch_order = Launcher(order_spans_kernel)
 
 
 def several_pieces(

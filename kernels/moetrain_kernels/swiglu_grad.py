@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .follow import follow
 from .launch import Launcher, cdiv, power_of_2
 from .plan import RowPlan
 
@@ -33,7 +32,6 @@ def swiglu_grad_kernel(
 
     The TAIL rows past the last are zeroed where they exist: a weight gradient's last block reads them.
     """
-    follow()
     PARTS: tl.constexpr = (F + BLOCK - 1) // BLOCK
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.load(sizes_6 + 1)
@@ -63,7 +61,7 @@ def swiglu_grad_kernel(
         tl.store(a_ptr + at, (act * gate).to(dtype), mask=store)
 
 
-launch_swiglu_grad = Launcher(swiglu_grad_kernel, early=True)
+launch_swiglu_grad = Launcher(swiglu_grad_kernel)
 
 
 def swiglu_grad(

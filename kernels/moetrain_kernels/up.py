@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .follow import follow
 from .gemm_ws import rows_ws
 from .launch import Launcher, Ring, Tiles, block_desc, programs
 from .plan import RowPlan
@@ -67,7 +66,6 @@ def up_swiglu_kernel(
     Persistent, with the tile loop and the K loop fused by hand into one: the loads of the next tile are in flight
     while this tile's epilogue runs, which two nested loops do not give.
     """
-    follow()
     N_TILES: tl.constexpr = (F + BF - 1) // BF
     K_TILES: tl.constexpr = (D + BK - 1) // BK
     COLS: tl.constexpr = BF // SPLIT
@@ -101,7 +99,7 @@ def up_swiglu_kernel(
             acc = tl.zeros((BM, 2 * BF), tl.float32)
 
 
-launch_up = Launcher(up_swiglu_kernel, early=True)
+launch_up = Launcher(up_swiglu_kernel)
 
 
 def up_swiglu(

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .follow import follow
 from .launch import Launcher, Ring, Tiles, block_desc, power_of_2, programs
 from .spans import WeightRows
 from .tiles import column_part, load_block
@@ -133,7 +132,6 @@ def weight_grad_kernel(
     The longest reductions come first; tile and reduction loops are fused by hand as in up_swiglu_kernel. The
     pipeliner also loads the slots ahead, into shared memory, which takes two of its stages: 5 stages are 3 buffers.
     """
-    follow()
     M_TILES: tl.constexpr = (M + BM - 1) // BM
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     COLS: tl.constexpr = BN // SPLIT
@@ -184,7 +182,7 @@ def weight_grad_kernel(
             acc = tl.zeros((BM, BN), tl.float32)
 
 
-launch_weight_grad = Launcher(weight_grad_kernel, early=True)
+launch_weight_grad = Launcher(weight_grad_kernel)
 
 
 def weight_grad(

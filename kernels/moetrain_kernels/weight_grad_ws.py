@@ -5,7 +5,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .follow import follow_ring
 from .launch import Launcher, Ring, launch_ring
 from .spans import WeightRows
 from .weight_tiles import count_turns, locate, rows_of
@@ -210,7 +209,6 @@ def weight_grad_ws_kernel(
     x is read as zero past the expert's rows; r need only be finite there. It is the narrower side that is gathered. The
     longest reductions come first. Rows may lie in several pieces (spans.WeightRows).
     """
-    follow_ring()
     BM: gl.constexpr = 2 * HALF
     TILES: gl.constexpr = E * ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
     dtype: gl.constexpr = out_desc.dtype
@@ -239,7 +237,7 @@ def weight_grad_ws_kernel(
     # fmt: on
 
 
-launch_weight_grad = Launcher(weight_grad_ws_kernel, early=True)
+launch_weight_grad = Launcher(weight_grad_ws_kernel)
 
 
 def weight_grad_ws(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from moetrain_kernels import compile_check, configs
-from moetrain_kernels import launch as launch_module
 from moetrain_kernels.launch import Launcher
 
 pytestmark = pytest.mark.unit
@@ -44,28 +43,6 @@ def test_a_length_that_triton_compiles_in_selects_the_kernel(monkeypatch):
         launch((1, 1, 1), (OnGPU(), row), {"BLOCK": 128})
         kernels.append(len(launch.variants))
     assert kernels == [1, 2, 3, 3, 3]
-
-
-@pytest.mark.parametrize(("arch", "early", "ahead"), [(90, True, True), (90, False, False), (80, True, False)])
-def test_early_kernels_are_launched_ahead_where_the_device_can(arch, early, ahead, monkeypatch):
-    monkeypatch.setattr(torch, "Tensor", OnGPU)
-    monkeypatch.setattr(launch_module, "device_traits", lambda device: (132, arch))
-    asked = []
-
-    class Asked:
-        def __getitem__(self, grid):
-            return lambda *args, **constants: asked.append(constants.get("launch_pdl", False))
-
-    Launcher(Asked(), early)((1, 1, 1), (OnGPU(),), {"BLOCK": 128})
-    assert asked == [ahead]
-
-
-def test_a_kernel_that_reads_before_it_follows_is_told():
-    """Launched early it would read what the kernel in front of it has yet to write."""
-    wait, load = "griddepcontrol.wait;", "ld.global.b32 %r1, [%rd1];"
-    assert compile_check.follows(f"mov.u32; {wait} {load}")
-    assert not compile_check.follows(f"{load} {wait}")
-    assert not compile_check.follows(load)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
