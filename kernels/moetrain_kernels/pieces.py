@@ -36,6 +36,7 @@ class _Piece:
     a_RF: torch.Tensor | None = None
     dy_TD: torch.Tensor | None = None
     dh_R2F: torch.Tensor | None = None
+    dx_RD: torch.Tensor | None = None
     part_RP: torch.Tensor | None = None
 
 
@@ -84,8 +85,8 @@ class ExpertPieces:
         piece.a_RF = None
         return combine(y_RD, piece.plan, piece.gate_TK, out_TN=out_TD, more=more() if more else None)
 
-    def start_gradients(self, number: int, dy_TD: torch.Tensor) -> None:
-        """From dy to the gradient of the pre-activation."""
+    def start_gradients(self, number: int, dy_TD: torch.Tensor, far: bool = False) -> None:
+        """From dy to the gradient of the pre-activation; `far`: with its product to dx, where that is wanted."""
         piece = self.pieces[number]
         if piece.plan is None:
             return
@@ -95,6 +96,8 @@ class ExpertPieces:
             piece.dy_TD, piece.gate_TK, piece.plan, self.w_down_EDF, piece.h_R2F, piece.config.down_grad, rows
         )
         piece.h_R2F, piece.dh_R2F = None, rows[0]
+        if far and (self.wanted[0] or self.wanted[1]):
+            piece.dx_RD = self._to_dx(piece)
 
     def finish_gradients(
         self, number: int, out_TD: torch.Tensor | None = None, more: More | None = None
@@ -107,12 +110,16 @@ class ExpertPieces:
             parts = more() if more else (None, None)
             dx_TD, dgate_TK = (_plus(torch.zeros_like(t), p) for t, p in zip((piece.x_TD, piece.gate_TK), parts))
         else:
-            dgate_TK, w_up_rows = torch.empty_like(piece.gate_TK), self.w_gate_up_E2FD.flatten(1, 2)
-            dx_RD = grouped_gemm(piece.dh_R2F, piece.plan, w_up_rows, piece.config.dx, transposed=True)
+            dgate_TK = torch.empty_like(piece.gate_TK)
+            dx_RD = self._to_dx(piece) if piece.dx_RD is None else piece.dx_RD
             sums = more() if more else None
             dx_TD = combine(dx_RD, piece.plan, None, piece.part_RP, dgate_TK, out_TD, sums)
-            piece.dh_R2F = piece.part_RP = None
+            piece.dh_R2F = piece.dx_RD = piece.part_RP = None
         return dx_TD if self.wanted[0] else None, dgate_TK if self.wanted[1] else None
+
+    def _to_dx(self, piece: _Piece) -> torch.Tensor:
+        w_up_rows = self.w_gate_up_E2FD.flatten(1, 2)
+        return grouped_gemm(piece.dh_R2F, piece.plan, w_up_rows, piece.config.dx, transposed=True)
 
     def weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """dw_gate_up and dw_down over the rows of all pieces, None where not wanted."""

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 FLAG_BYTES = 16384  # flags are 32 bits, at the start of the memory
+LANES = 2
 
 
 class PeerMemory(Protocol):
     """nbytes of each of `size` ranks. Flags start at 0; a flag's values must only grow.
 
-    Work goes to the current stream or, `beside`, to one for copies.
+    Work goes to the current stream (lane None) or, beside it, to one of LANES streams for copies.
     """
 
     rank: int
@@ -30,22 +31,21 @@ class PeerMemory(Protocol):
     def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Part of a rank's memory, `offset` bytes behind its flags."""
 
-    def copy(self, to: Tensor, source: Tensor) -> None:
-        """Beside: source, here or in a peer's memory, into `to`. Both contiguous, of the same shape and dtype."""
+    def copy(self, to: Tensor, source: Tensor, lane: int | None) -> None:
+        """source, here or in a peer's memory, into `to`. Both contiguous, of the same shape and dtype."""
 
-    def fill(self, to: Tensor, value: float) -> None:
-        """Beside."""
+    def fill(self, to: Tensor, value: float, lane: int | None) -> None: ...
 
-    def post(self, rank: int, flag: int, value: int, beside: bool = False) -> None:
+    def post(self, rank: int, flag: int, value: int, lane: int | None = None) -> None:
         """Set a flag of `rank` once all work before is done and visible to peers."""
 
-    def wait(self, flag: int, value: int) -> None:
-        """What follows beside waits until this rank's flag is at least `value`."""
+    def wait(self, flag: int, value: int, lane: int) -> None:
+        """What follows waits until this rank's flag is at least `value`."""
 
-    def mark(self, beside: bool = False) -> Any:
+    def mark(self, lane: int | None = None) -> Any:
         """A point in the work, for one `after`."""
 
-    def after(self, mark: Any, beside: bool = False) -> None:
+    def after(self, mark: Any, lane: int | None = None) -> None:
         """What follows waits for that point."""
 
 
@@ -63,9 +63,10 @@ class SymmetricMemory:
         torch.cuda.synchronize()
         dist.barrier(group, device_ids=[device.index])
         self._driver = _Driver()
-        # Priority gives it hardware queues of its own: a wait at the head of a shared one would hold other streams up.
-        self._stream = torch.cuda.Stream(device, priority=-1)
-        self._raw = self._stream.cuda_stream
+        # A priority that nobody else has (FSDP's streams have -1) gives each hardware queues of its own: a wait at the
+        # head of a shared one would hold up what a peer may be waiting for.
+        self._streams = [torch.cuda.Stream(device, priority=-2 - lane) for lane in range(LANES)]
+        self._raw = [stream.cuda_stream for stream in self._streams]
         self._events: list[torch.cuda.Event] = []  # unused ones: making them costs the host more than recording
         self._addresses = list(self._handle.buffer_ptrs)
 
@@ -74,31 +75,38 @@ class SymmetricMemory:
         assert odd == 0
         return self._handle.get_buffer(rank, shape, dtype, start)
 
-    def copy(self, to: Tensor, source: Tensor) -> None:
+    def copy(self, to: Tensor, source: Tensor, lane: int | None) -> None:
         assert to.shape == source.shape and to.dtype == source.dtype  # noqa: PT018
         assert to.is_contiguous() and source.is_contiguous()  # noqa: PT018
         if to.numel():
-            self._driver.copy(self._raw, to.data_ptr(), source.data_ptr(), to.numel() * to.element_size())
+            self._driver.copy(self._queue(lane), to.data_ptr(), source.data_ptr(), to.numel() * to.element_size())
 
-    def fill(self, to: Tensor, value: float) -> None:
-        with torch.cuda.stream(self._stream):
+    def fill(self, to: Tensor, value: float, lane: int | None) -> None:
+        with torch.cuda.stream(self._stream(lane)):
             to.fill_(value)
 
-    def post(self, rank: int, flag: int, value: int, beside: bool = False) -> None:
-        stream = self._raw if beside else torch.cuda.current_stream().cuda_stream
-        self._driver.write(stream, self._address(rank, flag), value)
+    def post(self, rank: int, flag: int, value: int, lane: int | None = None) -> None:
+        self._driver.write(self._queue(lane), self._address(rank, flag), value)
 
-    def wait(self, flag: int, value: int) -> None:
-        self._driver.wait(self._raw, self._address(self.rank, flag), value)
+    def wait(self, flag: int, value: int, lane: int) -> None:
+        self._driver.wait(self._raw[lane], self._address(self.rank, flag), value)
 
-    def mark(self, beside: bool = False) -> torch.cuda.Event:
+    def mark(self, lane: int | None = None) -> torch.cuda.Event:
         event = self._events.pop() if self._events else torch.cuda.Event()
-        event.record(self._stream if beside else None)
+        event.record(self._stream(lane))
         return event
 
-    def after(self, mark: torch.cuda.Event, beside: bool = False) -> None:
-        mark.wait(self._stream if beside else None)
+    def after(self, mark: torch.cuda.Event, lane: int | None = None) -> None:
+        mark.wait(self._stream(lane))
         self._events.append(mark)  # the wait took note of the event's present record
+
+    def _stream(self, lane: int | None) -> torch.cuda.Stream | None:
+        """None is torch's current one, as its functions take it."""
+        return None if lane is None else self._streams[lane]
+
+    def _queue(self, lane: int | None) -> int:
+        """The driver's name of a stream."""
+        return torch.cuda.current_stream().cuda_stream if lane is None else self._raw[lane]
 
     def _address(self, rank: int, flag: int) -> int:
         assert 0 <= 4 * flag < FLAG_BYTES

@@ -38,27 +38,27 @@ class FileMemory:
         start = FLAG_BYTES + offset
         return self._memory[rank][start : start + size].view(dtype).view(shape)
 
-    def copy(self, to: Tensor, source: Tensor) -> None:
+    def copy(self, to: Tensor, source: Tensor, lane: int | None) -> None:
         to.copy_(source)
 
-    def fill(self, to: Tensor, value: float) -> None:
+    def fill(self, to: Tensor, value: float, lane: int | None) -> None:
         to.fill_(value)
 
-    def post(self, rank: int, flag: int, value: int, beside: bool = False) -> None:
+    def post(self, rank: int, flag: int, value: int, lane: int | None = None) -> None:
         self._shake()
         self._flags(rank)[flag] = value
 
-    def wait(self, flag: int, value: int) -> None:
+    def wait(self, flag: int, value: int, lane: int) -> None:
         deadline = time.monotonic() + 60
         while flag not in self.ignored and self._flags(self.rank)[flag] < value:
             assert time.monotonic() < deadline, f"flag {flag} of rank {self.rank} did not reach {value}"
             time.sleep(1e-4)
         self._shake()
 
-    def mark(self, beside: bool = False) -> None:
+    def mark(self, lane: int | None = None) -> None:
         return None
 
-    def after(self, mark: None, beside: bool = False) -> None:
+    def after(self, mark: None, lane: int | None = None) -> None:
         return None
 
     def _flags(self, rank: int) -> np.ndarray:

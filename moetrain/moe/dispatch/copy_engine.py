@@ -5,7 +5,7 @@ device), and the sums over this rank's experts are copied home the same way. Mea
 are in docs/dispatch.md.
 
 One leg, with its number n. Buffers serve all layers and passes in turn; every leg of a model uses them alike.
-    beside write rows into OUT; post "out of r = n" to every peer;
+    beside write rows into OUT (backward: here, and first); post "out of r = n" to every peer;
            for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
     here   the experts' first half of the own rows; then a part of the peers' rows when its copies have arrived:
            write the sums into HOME of their owners, post "home from r, part p = n" to them
@@ -20,21 +20,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.peer import PeerMemory, SymmetricMemory, unreachable
+from moetrain.comm.peer import LANES, PeerMemory, SymmetricMemory, unreachable
 from moetrain.moe.dispatch.base import ExchangeShape, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
+from moetrain.moe.dispatch.segments import Segment, cuts, segments
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 MOST_PARTS = 32  # that have a flag each
+ROWS, NUMBERS = range(LANES)  # labels and gates beside rows: a short copy costs as much time between copies as itself
 ALIGN = 512
 
 
@@ -62,38 +63,6 @@ def regions(shape: ExchangeShape, ranks: int) -> tuple[dict[str, Region], int]:
         placed[name] = Region(offset, size, dtype)
         offset += -(-math.prod(size) * dtype.itemsize // ALIGN) * ALIGN
     return placed, offset
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens [start, stop) of rank `source` in part `part` of a rank's peers' rows."""
-
-    part: int
-    source: int
-    start: int
-    stop: int
-
-
-def cuts(ranks: int, tokens: int, parts: int) -> list[slice]:
-    """The parts of the rows of `ranks - 1` peers. The last is at most one peer's: only as many own rows hide its way
-    home. The others are equal."""
-    total = (ranks - 1) * tokens
-    before = total - min(tokens, total // parts)
-    ends = [before * part // max(parts - 1, 1) for part in range(parts)] + [total]
-    return [slice(*pair) for pair in pairwise(ends)]
-
-
-def segments(rank: int, ranks: int, tokens: int, parts: int) -> list[Segment]:
-    """How `rank` cuts its peers' rows, nearest peer first; every rank can work out every other's."""
-    found = []
-    for part, cut in enumerate(cuts(ranks, tokens, parts)):
-        start, stop = cut.start, cut.stop
-        while start < stop:
-            peer, token = divmod(start, tokens)
-            length = min(stop - start, tokens - token)
-            found.append(Segment(part, (rank + 1 + peer) % ranks, token, token + length))
-            start += length
-    return found
 
 
 class CopyEngineDispatch:
@@ -181,44 +150,50 @@ class _Leg:
             self.home_RTK = gates.new_empty(ranks - 1, most, shape.top_k)
         self.cuts = cuts(ranks, most, trip.parts)
         self.mine = self.dispatch.segments(self.memory.rank, trip.parts, most)
-        # From here the rows are there, and the landing places are free: their former users are done.
-        self.memory.after(self.memory.mark(), beside=True)
+        for lane in range(LANES):  # where copies land is free: its former users are done
+            self.memory.after(self.memory.mark(), lane)
         self._stage()
         self.arrived = self._fetch()
-        self.returned: Any = None
+        self.returned: list[Any] = []
 
     def _stage(self) -> None:
-        """This rank's rows into OUT, with what says that missing tokens are none; then tell the peers."""
+        """This rank's rows into OUT, with what says that missing tokens are none; then tell the peers.
+
+        Tokens go beside the sort of the own ones. Gradients go before their first use: a copy inside a GPU takes
+        multiprocessors, and would wait for the kernel that takes them all, and the peers with it.
+        """
         rank, tokens = self.memory.rank, self.trip.tokens
+        lane = None if self.label_TL is None else ROWS
         for name, source, empty in (("out_rows", self.row_TD, 0), ("out_labels", self.label_TL, -1)):
             if source is not None:
                 target = self.dispatch.buffer(rank, name)[: self.trip.most]
-                self.memory.copy(target[:tokens], source)
+                self.memory.copy(target[:tokens], source, lane)
                 if tokens < len(target):
-                    self.memory.fill(target[tokens:], empty)
+                    self.memory.fill(target[tokens:], empty, lane)
+        if lane is None:
+            self.memory.after(self.memory.mark(), ROWS)
         for peer in self.dispatch.peers:
-            self.memory.post(peer, self.dispatch.out_flag(rank), self.number, beside=True)
+            self.memory.post(peer, self.dispatch.out_flag(rank), self.number, ROWS)
 
-    def _fetch(self) -> list[Any]:
-        """Peers' rows, part by part."""
+    def _fetch(self) -> list[list[Any]]:
+        """Peers' rows, part by part, and a mark of every lane behind each."""
         arrived, position = [], 0
         for part in range(self.trip.parts):
             for seg in (seg for seg in self.mine if seg.part == part):
-                self.memory.wait(self.dispatch.out_flag(seg.source), self.number)
-                landing = slice(position, position + seg.stop - seg.start)
-                if self.label_ML is not None:
-                    labels = self.dispatch.buffer(seg.source, "out_labels")
-                    self.memory.copy(self.label_ML[landing], labels[seg.start : seg.stop])
-                rows = self.dispatch.buffer(seg.source, "out_rows")
-                self.memory.copy(self.row_MD[landing], rows[seg.start : seg.stop])
+                landing, taken = slice(position, position + seg.stop - seg.start), slice(seg.start, seg.stop)
+                for name, into, lane in (("out_rows", self.row_MD, ROWS), ("out_labels", self.label_ML, NUMBERS)):
+                    if into is not None:
+                        self.memory.wait(self.dispatch.out_flag(seg.source), self.number, lane)
+                        self.memory.copy(into[landing], self.dispatch.buffer(seg.source, name)[taken], lane)
                 position = landing.stop
-            arrived.append(self.memory.mark(beside=True))
+            arrived.append([self.memory.mark(lane) for lane in range(LANES)])
         return arrived
 
     def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
         if piece == 0:
             return self.row_TD, self.label_TL
-        self.memory.after(self.arrived[piece - 1])
+        for mark in self.arrived[piece - 1]:
+            self.memory.after(mark)
         rows = self.cuts[piece - 1]
         return self.row_MD[rows], None if self.label_ML is None else self.label_ML[rows]
 
@@ -265,18 +240,18 @@ class _Leg:
             for seg in self.dispatch.segments(peer, self.trip.parts, self.trip.most):
                 if (seg.part, seg.source) != (part, rank):
                     continue
-                self.memory.wait(self.dispatch.home_flag(peer, part), self.number)
                 place, there = slice(seg.start, seg.stop), (rank - peer - 1) % self.memory.size
-                self.memory.copy(self.home_RTD[index, place], self.dispatch.buffer(peer, "home_rows")[there, place])
-                if self.home_RTK is not None:
-                    gates = self.dispatch.buffer(peer, "home_gates")[there, place]
-                    self.memory.copy(self.home_RTK[index, place], gates)
+                for name, into, lane in (("home_rows", self.home_RTD, ROWS), ("home_gates", self.home_RTK, NUMBERS)):
+                    if into is not None:
+                        self.memory.wait(self.dispatch.home_flag(peer, part), self.number, lane)
+                        self.memory.copy(into[index, place], self.dispatch.buffer(peer, name)[there, place], lane)
         if part == self.trip.parts - 1:
-            self.returned = self.memory.mark(beside=True)
+            self.returned = [self.memory.mark(lane) for lane in range(LANES)]
 
     def rest(self) -> Callable[[], tuple[Tensor, Tensor | None]]:
         def came_home() -> tuple[Tensor, Tensor | None]:
-            self.memory.after(self.returned)
+            for mark in self.returned:
+                self.memory.after(mark)
             return self.home_RTD, self.home_RTK
 
         return came_home

@@ -129,8 +129,12 @@ class _Exchange(torch.autograd.Function):
             assert dx_MD is not None, "the input of a MoE layer wants a gradient"
             leg.give(piece, dx_MD, dgate_MK)
 
+        def start(piece: int) -> None:
+            # Weight gradients hide the last rows' way home, so what stays may hide the first ones' way here whole.
+            stays = piece == 0 and job.trip.first_stays and job.trip.pieces > 1
+            work.start_gradients(piece, leg.arrive(piece)[0], stays)
+
         dw: list[Tensor | None] = []
-        start = lambda piece: work.start_gradients(piece, leg.arrive(piece)[0])  # noqa: E731
         _in_turn(job.trip, start, finish, lambda: dw.extend(work.weight_gradients()))
         dx_TD, dgate_TK = leg.collect()
         if dgate_TK is not None:

@@ -44,8 +44,8 @@ class Pieces(Protocol):
     def finish(self, piece: int, out_MD: Tensor | None = None, more: More | None = None) -> Tensor:
         """y_MD, best in `out_MD` if that is given, but it may be another tensor; plus what `more` returns, if given."""
 
-    def start_gradients(self, piece: int, dy_MD: Tensor) -> None:
-        """The first half of a piece's backward pass."""
+    def start_gradients(self, piece: int, dy_MD: Tensor, far: bool) -> None:
+        """The first half of a piece's backward pass; `far`: all that needs none of `more`."""
 
     def finish_gradients(
         self, piece: int, out_MD: Tensor | None = None, more: More | None = None

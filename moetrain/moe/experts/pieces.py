@@ -42,7 +42,7 @@ class CallPieces:
         assert y_MD is not None
         return _plus(y_MD, more()[0]) if more else y_MD
 
-    def start_gradients(self, piece: int, dy_MD: Tensor) -> None:
+    def start_gradients(self, piece: int, dy_MD: Tensor, far: bool) -> None:
         found = self._gradients(piece, dy_MD)
         self.gradients[piece] = found[0], found[1]
         self.dw = [_add(total, part) for total, part in zip(self.dw, found[2:])]

@@ -8,8 +8,9 @@ from moetrain.comm.peer import unreachable
 from moetrain.moe.dispatch import copy_engine
 from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.chunks import Chunks
-from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions, segments
+from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions
 from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.dispatch.segments import cuts, segments
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.testing import run_ranks
 from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
@@ -117,12 +118,40 @@ def test_sums_go_home_while_experts_work_on_the_next_part(tmp_path):
         assert home == [[10.0 * (rank + 1)] * MOST] * 2 + [[0.0] * MOST]
 
 
+class Noted(FileMemory):
+    """Notes the lane of every copy."""
+
+    def copy(self, to, source, lane):
+        self.lanes.append(lane)
+        super().copy(to, source, lane)
+
+
+def lanes(directory):
+    """Of the copies that start a pass with tokens, and one with gradients."""
+    memory = Noted(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
+    dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", 2, (), dist.group.WORLD))
+    trip, rows, found = copy_engine._Trip(dispatcher, MOST, 2, MOST), torch.zeros(MOST, D).double(), []
+    for labels in (torch.zeros(MOST, 2 * K).double(), None):
+        memory.lanes = []
+        copy_engine._Leg(trip, rows, labels)
+        found.append(memory.lanes)
+        dist.barrier()
+    return found
+
+
+def test_gradients_are_put_out_before_kernels_that_leave_no_room(tmp_path):
+    """On a GPU a copy inside it needs multiprocessors: beside the experts' first half it came after that."""
+    rows, numbers = copy_engine.ROWS, copy_engine.NUMBERS
+    tokens = [rows, rows] + [rows, numbers] * (WORLD - 1)
+    assert run_ranks(lanes, WORLD, tmp_path) == [[tokens, [None] + [rows] * (WORLD - 1)]] * WORLD
+
+
 @pytest.mark.parametrize(
     ("ranks", "parts", "lengths"),
     [(4, 1, [21]), (4, 2, [14, 7]), (4, 3, [7, 7, 7]), (8, 3, [21, 21, 7]), (2, 2, [4, 3]), (4, 4, [5, 5, 6, 5])],
 )
 def test_the_last_part_is_at_most_one_peers(ranks, parts, lengths):
-    assert [cut.stop - cut.start for cut in copy_engine.cuts(ranks, 7, parts)] == lengths
+    assert [cut.stop - cut.start for cut in cuts(ranks, 7, parts)] == lengths
 
 
 @pytest.mark.parametrize(("ranks", "tokens", "parts"), [(2, 5, 1), (4, 7, 3), (4, 7, 5), (3, 2, 7), (8, 1, 3)])

@@ -41,7 +41,7 @@ def in_pieces(x, expert, gate, w_up, w_down, dy, cut):
         work.start(x_part, expert_part, gate_part)
     y = {i: work.finish(i) for i in order}
     for i, part in enumerate(parts):
-        work.start_gradients(i, part[3])
+        work.start_gradients(i, part[3], far=i == 1)
     found = {i: work.finish_gradients(i) for i in order}
     rows = [torch.cat(column) for column in zip(*((y[i], *found[i]) for i in range(len(cut))))]
     return [*rows, *work.weight_gradients()]

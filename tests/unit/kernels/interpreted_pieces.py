@@ -56,7 +56,7 @@ def test_pieces_equal_the_whole(cut, first_last):
     with_more = {0: lambda: more} if first_last else {}
     y = {i: pieces.finish(i, torch.empty_like(x[: cut[i]]), with_more.get(i)) for i in order}
     for i, part in enumerate(dy.split(cut)):
-        pieces.start_gradients(i, part)
+        pieces.start_gradients(i, part, far=i == 0)
     dw = pieces.weight_gradients()
     found = {i: pieces.finish_gradients(i, torch.empty_like(x[: cut[i]]), with_more.get(i)) for i in order}
     if first_last:
