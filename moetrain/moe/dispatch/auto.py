@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from moetrain.comm.nodes import find_nodes
-from moetrain.moe.dispatch import allgather, collective, local, two_level
+from moetrain.comm.peer import unreachable
+from moetrain.moe.dispatch import allgather, collective, copy_engine, local, two_level
 from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape
 
 GATHER_FROM = 1.5  # experts per token and rank from which an all-gather moves about what deduplicated rows do
@@ -18,8 +19,10 @@ def build(
     chunks: str | int = "auto",
     node_size: str | int = "auto",
 ) -> Dispatcher:
-    """local when this rank has all experts; two_level when they are on several nodes of several ranks; allgather when
-    most ranks hold one of most tokens; else collective. node_size: as in dispatch=two_level.
+    """local when this rank has all experts; two_level when they are on several nodes of several ranks; when most ranks
+    hold an expert of most tokens copy_engine, or allgather where GPUs do not reach each other; else collective.
+
+    copy_engine moves what allgather does, beside the experts. node_size: as in dispatch=two_level.
     """
     if group is None or group.size() == 1:
         return local.build(n_experts, group, shape)
@@ -33,6 +36,14 @@ def build(
     comparison = f"top_k={shape.top_k} {'>=' if gather else '<'} {GATHER_FROM} x ep={ep}"
     if len(nodes) > 1:
         comparison += f"; two_level {unfit}"
+    if gather and chunks != 1:
+        reason: str | None = "needs router.rounding.tile=0"
+        if shape.fixed_slots:
+            reason = unreachable(group, shape.device_type) if len(nodes) == 1 else "needs one node"
+        if reason is None:
+            _say("copy_engine", comparison)
+            return copy_engine.build(n_experts, group, shape, chunks)
+        comparison += f"; copy_engine {reason}"
     _say("allgather" if gather else "collective", comparison)
     return (allgather if gather else collective).build(n_experts, group, shape, chunks)
 

@@ -1,5 +1,6 @@
 """Every dispatcher against one process with all experts, in fp64, with different tokens on every rank."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -199,7 +200,25 @@ def test_auto_chooses_by_bytes(top_k, kind, capfd):
     shape = ExchangeShape(tokens=14, d_model=D, top_k=top_k, dtype=torch.float64, device_type="cpu")
     built = run_ranks(lambda: type(auto.build(E, dist.group.WORLD, shape)).__name__, WORLD)
     assert set(built) == {kind}
-    assert f"top_k={top_k}" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert f"top_k={top_k}" in said
+    assert ("copy_engine needs GPUs" in said) == (top_k == 6)
+
+
+def test_auto_takes_copy_engines_where_gpus_reach_each_other(monkeypatch):
+    """They move what an all-gather does, beside the experts; not if that is ruled out, nor for slots that vary."""
+
+    def one():
+        monkeypatch.setattr(auto, "unreachable", lambda group, device_type: None)
+        monkeypatch.setattr(auto.copy_engine, "build", lambda *args: "copy_engine")
+        shape = ExchangeShape(tokens=14, d_model=D, top_k=6, dtype=torch.float64, device_type="cpu")
+        few, varying = dataclasses.replace(shape, top_k=5), dataclasses.replace(shape, fixed_slots=False)
+        asked = [(shape, "auto"), (shape, 3), (shape, 1), (few, "auto"), (varying, "auto"), (shape, "auto", 1)]
+        built = [auto.build(E, dist.group.WORLD, *args) for args in asked]
+        return [made if isinstance(made, str) else type(made).__name__ for made in built]
+
+    gathered = "AllGatherDispatch"
+    assert run_ranks(one, WORLD) == [["copy_engine"] * 2 + [gathered, "CollectiveDispatch", gathered, gathered]] * WORLD
 
 
 def test_ranks_agree_on_the_chunks_whose_slowest_rank_is_fastest(capfd):
