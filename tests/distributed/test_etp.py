@@ -11,7 +11,7 @@ from moetrain.testing.trajectory import flips, record, worst
 pytestmark = pytest.mark.distributed
 STEPS, BAR = 20, 1e-9
 LAYOUTS = {
-    "etp2": (2, ["parallel.etp=2"], 20),  # ep=1, where peers got the gradients wrong
+    "etp2": (2, ["parallel.etp=2"], 5),  # ep=1, where peers got the gradients wrong
     "etp2 ep2": (4, ["parallel.etp=2", "parallel.ep=2"], 20),
     "etp2 edp2": (4, ["parallel.etp=2"], 5),
     "etp2 edp2 replicated": (4, ["parallel.etp=2", "parallel.dp_replicate=2"], 5),

@@ -11,8 +11,8 @@ from moetrain.testing.layouts import Case
 
 pytestmark = pytest.mark.distributed
 CASES = [
-    (Case(2, {"tp": 2, "ep": 2}, ("parallel.recompute=full",)), 12),
-    (Case(4, {"pp": 2, "cp": 2, "etp": 2}, ("parallel.cp_method=ring", "parallel.schedule=interleaved")), 6),
+    (Case(2, {"tp": 2, "ep": 2}, ("parallel.recompute=full",)), 6),
+    (Case(4, {"pp": 2, "cp": 2, "etp": 2}, ("parallel.cp_method=ring", "parallel.schedule=interleaved")), 3),
 ]
 
 

@@ -13,13 +13,13 @@ from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.testing.trajectory import new_trainer, whole
 
 pytestmark = pytest.mark.distributed
-STEPS, EVERY = 200, 7
+STEPS, EVERY = 60, 7
 OVERRIDES = [
     "experiment=quickstart",
     *SMALLEST_MODEL,
     "train.micro_batch=1",
     f"train.steps={STEPS}",
-    "train.eval_every=50",
+    "train.eval_every=15",
     "train.eval_batches=1",
     "train.log_every=1000",
     "parallel.ep=2",

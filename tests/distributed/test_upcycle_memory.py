@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -45,7 +46,14 @@ def source(tmp_path):
     return path
 
 
+def _give_back() -> None:
+    """Have the allocator give blocks back when they are freed: what it keeps depends on the tests that ran before."""
+    m_mmap_threshold = -3  # malloc.h
+    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 128 * 1024)
+
+
 def _upcycle(source: Path, out: Path) -> int:
+    _give_back()
     initializer, make = build_initializer("virtual_group", {}, EXPERTS, 2, 1), VirtualGroup.make
     with PeakMemory() as peak:
 
@@ -60,6 +68,7 @@ def _upcycle(source: Path, out: Path) -> int:
 
 
 def _export(run: Path, out: Path) -> int:
+    _give_back()
     export_hf(run, out.with_name("first"))  # transformers' modules are loaded on the way
     with PeakMemory() as peak:
         export_hf(run, out, shard_bytes=LAYER // 2)
@@ -69,9 +78,8 @@ def _export(run: Path, out: Path) -> int:
 def test_peak_is_near_one_layer(source, tmp_path):
     whole = LAYERS * LAYER
     peak = run_ranks(_upcycle, 1, source, tmp_path / "run")[0]
-    # A layer's experts, what the writer still holds of the layer before, one expert being made, and what the allocator
-    # has not given back.
-    assert 0.9 * LAYER < peak < 4 * LAYER < whole / 3
+    # A layer's experts, what the writer still holds of the layer before, one expert being made.
+    assert 0.9 * LAYER < peak < 2.5 * LAYER < whole / 3
     peak = run_ranks(_export, 1, tmp_path / "run", tmp_path / "back")[0]
     # A shard twice; a tensor as read from its file, as loaded, and in parts.
-    assert peak < 6 * LAYER < whole / 2
+    assert peak < 4 * LAYER < whole / 3

@@ -14,7 +14,7 @@ from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.experts.triton import TritonExperts
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_routing
+from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
 from moetrain.testing.peer import FileMemory
 
 T, D, F, E, K, RANKS, BAR = 19, 16, 12, 6, 2, 3, 1e-5  # sums of at most 57 products in fp32
@@ -23,22 +23,13 @@ SHAPE = ExchangeShape(tokens=T, d_model=D, top_k=K, dtype=torch.float32, device_
 
 def data(rank):
     """x, experts, gates, dy; the last rank has fewer tokens."""
-    g = torch.Generator().manual_seed(rank)
-    tokens = T - 5 * (rank == RANKS - 1)
-    expert = torch.rand(tokens, E, generator=g).argsort(-1)[:, :K]
-    x, dy = torch.randn(tokens, D, generator=g), torch.randn(tokens, D, generator=g)
-    return x, expert, torch.rand(tokens, K, generator=g), dy
-
-
-def weights(dtype):
-    g = torch.Generator().manual_seed(7)
-    return torch.randn(E, 2, F, D, generator=g).to(dtype), torch.randn(E, D, F, generator=g).to(dtype)
+    return fake_tokens(T - 5 * (rank == RANKS - 1), D, E, K, seed=rank)
 
 
 def layer(dispatch, experts, w, rank, dtype):
     """y and all gradients."""
     x, expert, gate, dy = data(rank)
-    leaves = [t.to(dtype).requires_grad_() for t in (x, gate, *w)]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, gate, *w)]
     routing = fake_routing(expert, leaves[1])
     y = dispatch(leaves[0], routing, experts, (leaves[2], leaves[3]))
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
@@ -47,12 +38,11 @@ def layer(dispatch, experts, w, rank, dtype):
 def one_rank(directory, chunks):
     memory = FileMemory(dist.group.WORLD, regions(SHAPE, RANKS)[1], directory)
     dispatch = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", chunks, (), dist.group.WORLD))
-    own = slice(memory.rank * E // RANKS, (memory.rank + 1) * E // RANKS)
-    return layer(dispatch, TritonExperts(), [t[own] for t in weights(torch.float32)], memory.rank, torch.float32)
+    return layer(dispatch, TritonExperts(), own_experts(fake_experts(E, D, F)), memory.rank, torch.float32)
 
 
 def main() -> None:
-    want = [layer(LocalDispatch(), ReferenceExperts(), weights(torch.float64), r, torch.float64) for r in range(RANKS)]
+    want = [layer(LocalDispatch(), ReferenceExperts(), fake_experts(E, D, F), r, torch.float64) for r in range(RANKS)]
     dw = [sum(column) for column in zip(*(found[3:] for found in want))]
     for chunks in (2, 3):
         with tempfile.TemporaryDirectory() as name:

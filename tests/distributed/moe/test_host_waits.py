@@ -12,7 +12,7 @@ from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions
 from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.grouped_mm import GroupedMMExperts
 from moetrain.testing import run_ranks
-from moetrain.testing.fake import fake_routing
+from moetrain.testing.fake import fake_routing, fake_tokens
 from moetrain.testing.host_reads import host_reads
 from moetrain.testing.peer import FileMemory
 
@@ -63,10 +63,8 @@ def imported():
 def one_rank(name, directory):
     """Reads of one layer forward, and backward."""
     dispatcher = DISPATCHERS[name][0](directory)
-    g = torch.Generator().manual_seed(dist.get_rank())
-    expert = torch.rand(T, E, generator=g).argsort(-1)[:, :K]
-    expert[torch.rand(T, K, generator=g) < 0.4] = -1
-    x, gate = torch.randn(T, D, generator=g).requires_grad_(), torch.rand(T, K, generator=g).requires_grad_()
+    x, expert, gate, _ = fake_tokens(T, D, E, K, seed=dist.get_rank(), unused=0.4)
+    x, gate = (t.detach().float().requires_grad_() for t in (x, gate))
     here = E if name == "local" else E // WORLD
     w = (torch.ones(here, 2, F, D).requires_grad_(), torch.ones(here, D, F).requires_grad_())
     routing = fake_routing(expert, gate, bounded=True)

@@ -80,7 +80,7 @@ def assert_equal(run, reference):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_twenty_steps_in_fp64(name, documents, single, tmp_path):
+def test_equals_one_process(name, documents, single, tmp_path):
     world, degrees = LAYOUTS[name]
     dp = 2 if "dp2" in name else 1
     run, weights = run_ranks(record, world, overrides(documents, tmp_path, *degrees, dp=dp), STEPS)[0]

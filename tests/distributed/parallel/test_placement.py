@@ -12,11 +12,11 @@ from moetrain.testing.small import SMALL_MODEL
 from moetrain.testing.trajectory import flips, open_trainer, record, record_steps, worst
 
 pytestmark = pytest.mark.distributed
-STEPS, BAR = 20, 1e-9
+STEPS, BAR = 8, 1e-9
 ON = ["dispatch.placement.every=2", "dispatch.placement.threshold=1.0"]
 EACH_STEP = ["dispatch.placement.every=1", "dispatch.placement.threshold=1.0"]
 LAYOUTS = {  # overrides, ranks that read different rows, micro-steps, steps
-    "ep4": (["parallel.ep=4"], 4, 1, 20),
+    "ep4": (["parallel.ep=4"], 4, 1, STEPS),
     "ep2 edp2": (["parallel.ep=2", "dispatch.chunks=2"], 4, 2, 4),
     "ep2 etp2": (["parallel.ep=2", "parallel.etp=2"], 4, 1, 4),
     "ep2 replicated": (["parallel.ep=2", "parallel.dp_replicate=2", "dispatch=allgather"], 4, 1, 4),
