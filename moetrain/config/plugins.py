@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -40,7 +41,14 @@ def build_plugin(where: str, node: Mapping[str, Any], **runtime: Any) -> Any:
         inspect.signature(target).bind(**options, **runtime)
     except TypeError as error:
         raise ValueError(f"{where}: {node['_target_']}: {error}") from None
-    return target(**options, **runtime)
+    try:
+        return target(**options, **runtime)
+    except ValueError as error:  # a plugin knows its options, not where in the configuration it is
+        first = re.match(r"\w*", str(error))
+        own = inspect.signature(target).parameters.keys() - runtime.keys()
+        if first and first[0] in own:
+            raise ValueError(f"{where}.{error}") from error
+        raise
 
 
 def check_plugins(config: Config) -> None:

@@ -15,6 +15,7 @@ from moetrain.config.model import check_model
 from moetrain.config.pipeline import V_SCHEDULES, check_pipeline
 from moetrain.config.router import check_router
 from moetrain.config.schema import Config
+from moetrain.config.values import check_values
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
 CHOICES = {
@@ -54,6 +55,7 @@ def validate(config: Config, world: int) -> Layout:
     for key, least in AT_LEAST.items():
         if not _get(config, key) >= least:  # NaN is not
             raise _refuse(key, _get(config, key), f"is below {least}", least)
+    check_values(config)
     degrees = {key: getattr(config.parallel, key) for key in ("pp", "tp", "cp", "ep", "etp", "dp_replicate")}
     if (folder := config.run.dir).startswith("~"):
         raise _refuse("run.dir", folder, "would be a folder of that name here", Path(folder).expanduser())
@@ -73,7 +75,7 @@ def validate(config: Config, world: int) -> Layout:
             if getattr(layout, key) > 1:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_placement(config, layout)
-    _check_init(config)
+    check_init(config)
     _check_retention(config)
     _check_tape(config)
     check_router(config)
@@ -175,11 +177,15 @@ def _check_multiple(key: str, value: int, of: int, what: str) -> None:
         raise _refuse(key, value, f"does not divide by {what}", max(1, round(value / of)) * of)
 
 
-def _check_init(config: Config) -> None:
+def check_init(config: Config) -> None:
+    """The rules of `init`, which `init.from` needs before the rest. Raises ValueError."""
     unknown = sorted(set(config.init) - {"from", "allow"})
     if unknown:
         close = difflib.get_close_matches(unknown[0], ("from", "allow"), n=1, cutoff=0.0)
         raise ValueError(f"init.{unknown[0]}: no such key; did you mean 'init.{close[0]}'?")
+    if not isinstance(source := config.init.get("from") or "", str):
+        nearest = source[0] if isinstance(source, list) and len(source) == 1 else '""'
+        raise _refuse("init.from", source, "is not one path", nearest)
     allow = config.init.get("allow", [])
     if not isinstance(allow, list) or not all(isinstance(name, str) and name for name in allow):
         nearest = [allow] if isinstance(allow, str) and allow else []
