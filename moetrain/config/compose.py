@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moetrain.config.plugins import nearest
 from moetrain.config.schema import Config
+from moetrain.config.values import shown, usual
 
 
 def config_dir() -> Path:
@@ -102,8 +103,24 @@ def _explain(error: Exception, overrides: list[str]) -> str:
             of = key.split(".")[0]
             return f"{key}: what {of}= chooses here has no such key; choose another {of}= or leave the key out"
         return f"{key}: no such key{nearest(key, known)}"
-    why = str(error.__cause__ or error).splitlines()[0]
-    return f"{key}: {why}"
+    why = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+    return f"{key}: {why}{_nearest_value(key, given.partition('=')[2], why)}"
+
+
+def _nearest_value(key: str, value: str, why: str) -> str:
+    """What to write where a value is of the wrong kind, after OmegaConf's reason; nothing if it cannot be told."""
+    if "is not a ListConfig" in why:
+        near = "[]" if usual(key) == [] else f"[{value}]"
+    elif "is not a subclass of" in why or "Cannot assign" in why:
+        inside = [known for known in known_keys() if known.startswith(f"{key}.")]
+        return f"; it has keys of its own; nearest legal value: {inside[0]}=..." if inside else ""
+    elif "could not be converted to Integer" in why and re.fullmatch(r"\d+(\.\d*)?(e\d+)?", value):
+        near = str(round(float(value)))
+    elif "could not be converted" in why or "Cannot convert" in why or "is not Optional" in why:
+        near = value[1:-1] if re.fullmatch(r"\[[\w.-]+\]", value) else shown(usual(key))
+    else:
+        return ""
+    return f"; nearest legal value: {near}"
 
 
 def _offending_key(text: str, overrides: list[str]) -> str | None:

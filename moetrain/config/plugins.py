@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import typing
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from moetrain.config.schema import Config
+from moetrain.config.types import check_type
 
 PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
 # Keys beside a plugin's own options: for every router (observe/tape.py), for every dispatcher (moe/capacity.py,
@@ -59,19 +61,32 @@ def check_plugins(config: Config) -> None:
 
 
 def check_options(where: str, node: Mapping[str, Any]) -> None:
-    """Check, without calling it, that `_target_` exists and takes the options it is given; nested plugins too."""
+    """Check, without calling it, that `_target_` exists and takes the options it is given, by name and by the type that
+    it annotates; nested plugins too."""
     nested = {key: value for key, value in node.items() if isinstance(value, Mapping)}
     for key, value in nested.items():
         check_options(f"{where}.{key}", value)
     if "_target_" not in node:
         return
-    parameters = inspect.signature(resolve(where, node["_target_"])).parameters
+    target = resolve(where, node["_target_"])
+    parameters, hints = inspect.signature(target).parameters, _hints(target)
+    for key in (node.keys() & parameters.keys() & hints.keys()) - {"_target_"}:
+        if not (key in nested and "_target_" in nested[key]):
+            check_type(f"{where}.{key}", node[key], hints[key], parameters[key].default)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for key in node:
         built_elsewhere = key in nested and "_target_" in nested[key]
         if key != "_target_" and key not in parameters and not built_elsewhere:
             raise ValueError(f"{where}.{key}: {node['_target_']} has no such option{nearest(key, list(parameters))}")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """The annotations of what a `_target_` is called with; none where they cannot be evaluated."""
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):  # names of a module that is imported for type checkers only
+        return {}
 
 
 def resolve(where: str, target: str) -> Any:

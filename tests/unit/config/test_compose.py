@@ -1,5 +1,6 @@
 """Every misspelling is an error that names the nearest key; the defaults and every choice of every group compose."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,26 @@ def test_a_mistake_names_itself_and_the_nearest_key(override, words):
         check_plugins(load_config(override.split()))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("parallel.pp_layers=4", "[4]"),
+        ("train.steps=[100]", "100"),
+        ("train.steps=1e3", "1000"),
+        ("train.steps=null", "100"),
+        ("train.precision=[bf16]", "bf16"),
+        ("train.max_loss=never", "null"),
+        ("data.mixture=5", "[]"),
+        ("model.moe=8", "model.moe.n_experts=..."),
+        ("init=runs/a", "init.from=..."),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_one_of_the_right_kind(override, nearest):
+    key = override.split("=")[0]
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: .*; nearest legal value: {re.escape(nearest)}$"):
+        load_config([override])
 
 
 def groups():
