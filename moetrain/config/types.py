@@ -13,7 +13,7 @@ from moetrain.config.values import shown, usual
 
 
 def check_type(key: str, value: Any, hint: Any, default: Any) -> None:
-    """Raise ValueError unless `value` is what a plugin's annotation asks for; an annotation not known here asks nothing.
+    """Raise ValueError unless `value` is what a plugin's annotation asks for; one not known here asks nothing.
 
     default: the option's (`inspect.Parameter.empty` without one), the nearest legal value where `value` says
     nothing nearer.

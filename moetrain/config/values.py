@@ -1,4 +1,4 @@
-"""What any value must be, whatever its key: a number is finite, and keys are not in the place of values. No torch here."""
+"""What any value must be, whatever its key: finite numbers, and no value in the place of keys. No torch here."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from moetrain.comm.shards import local
-from moetrain.fused import fused
 from moetrain.config.values import require_above_0, require_range
+from moetrain.fused import fused
 
 NamedParameters = Iterable[tuple[str, Parameter]]
 

@@ -14,6 +14,7 @@ from moetrain.config.values import check_values
 from moetrain.train import rehearse, run_config
 
 pytestmark = pytest.mark.unit
+LLAMA3 = ("model.attention.rope.scaling=llama3", "model.attention.rope.factor=8")
 
 
 def _start(overrides):
@@ -55,7 +56,7 @@ def test_every_float_must_be_finite(group, monkeypatch):
         (["balance.switch.coefficient=-0.01"], "balance.switch.coefficient is -0.01", "0"),
         (["balance.z_loss.coefficient=-1"], "balance.z_loss.coefficient is -1", "0"),
         (["balance=bias", "balance.bias.rate=-0.1"], "balance.bias.rate is -0.1", "0"),
-        (["balance.switch.scope=batch"], "balance.switch.scope='batch'", "sequence (of sequence, micro_batch, global_batch)"),
+        (["balance.switch.scope=batch"], "balance.switch.scope='batch'", "(of sequence, micro_batch, global_batch)"),
         (["router.scale=0"], "router.scale is 0", "1.0"),
         (["router=sigmoid", "router.scale=-2"], "router.scale is -2", "1.0"),
         (["router=forced", "router.exponent=-1"], "router.exponent is -1", "0"),
@@ -63,7 +64,7 @@ def test_every_float_must_be_finite(group, monkeypatch):
         (["optim.eps=0"], "optim.eps is 0", "1e-08"),
         (["optim.schedule.min_ratio=2"], "optim.schedule.min_ratio is 2", "1"),
         (
-            ["model.attention.rope.scaling=llama3", "model.attention.rope.factor=8", "model.attention.rope.low_freq_factor=4"],
+            [*LLAMA3, "model.attention.rope.low_freq_factor=4"],
             "model.attention.rope.low_freq_factor=4.0",
             "1.0 and 4.0",
         ),
