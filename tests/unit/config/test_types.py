@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
         ("optim.lr=null", "optim.lr=null is not a number; nearest legal value: 0.0004"),
         ("optim.lr=fast", 'optim.lr="fast" is not a number; nearest legal value: 0.0004'),
         ("optim.decay_embeddings=1", "optim.decay_embeddings=1 is not true or false; nearest legal value: true"),
-        ("optim.schedule.warmup_steps=9.0", "optim.schedule.warmup_steps=9.0 is not an integer; nearest legal value: 9"),
+        ("optim.schedule.warmup_steps=.9", "optim.schedule.warmup_steps=0.9 is not an integer; nearest legal value: 1"),
         ("router.order=[pre]", 'router.order=["pre"] is not text; nearest legal value: "pre"'),
         ("dispatch.capacity.pad=1", "dispatch.capacity.pad=1 is not true or false; nearest legal value: false"),
         ("tracker.wandb.tags=a", 'tracker.wandb.tags="a" is not a list (of str) or null; nearest legal value: ["a"]'),

@@ -123,6 +123,7 @@ def test_shards_of_another_tokenizer_or_with_a_wrong_id_are_refused(options, tmp
         ({"shard_tokens": "many"}, "shard_tokens='many' is not of type int"),
         ({"workers": "-1"}, "workers=-1 is negative"),
         ({"source": {"streaming": "maybe"}}, r"source\.streaming='maybe' is not of type bool"),
+        ({"eos_token": "</s>"}, "^eos_token='</s>' with tokenizer=byte, .* nearest legal value: \"\"$"),
         ({"validation_percent": 100}, r"validation_percent=100\.0 is outside"),
     ],
 )
