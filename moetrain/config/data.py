@@ -97,7 +97,7 @@ def check_end(prefix: str, tokenizer: str, eos_token: str) -> None:
     """Raises ValueError for an end token where it would be ignored; `prefix` is what precedes the keys."""
     if tokenizer == "byte" and eos_token:
         raise ValueError(
-            f"{prefix}eos_token={eos_token!r} with {prefix}tokenizer=byte, whose documents end with an id of their own; "
+            f"{prefix}eos_token={eos_token!r} with {prefix}tokenizer=byte, whose documents end with its own id; "
             'nearest legal value: ""'
         )
 
