@@ -1,7 +1,8 @@
 """Global samples to this rank's batches, the same samples under every layout.
 
-Optimizer step s uses samples [s G, (s + 1) G), G = global_batch. Its micro-step j covers the micro_batch * dp samples
-from s G + j micro_batch dp on, of which data-parallel rank r takes micro_batch from r micro_batch on.
+Optimizer step s uses samples [s G, (s + 1) G), G = global_batch; after a roll-back those from a later sample on. Its
+micro-step j covers micro_batch * dp of them from j micro_batch dp on, of which data-parallel rank r takes micro_batch
+from r micro_batch on.
 """
 
 from __future__ import annotations
@@ -95,6 +96,13 @@ class Loader:
             self._counts[name] = known["count"]
             source.load_state_dict(known["reader"])
         self._state = self._snapshot()
+
+    def continue_at(self, step: int) -> None:
+        """Hands out the samples behind the last ones, but as those of optimizer step `step` and its followers.
+
+        A roll-back takes steps back and no samples; what was read ahead may be of another stage of the mixture.
+        """
+        self.load_state_dict(self._state | {"step": step})
 
     def fingerprint(self) -> str:
         """64 hex digits that change when any training row could: tokenizer, content, seed, row length, documents."""

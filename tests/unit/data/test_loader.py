@@ -120,6 +120,27 @@ def test_the_mixture_changes_at_its_step_even_when_named_only_at_the_resume(conf
     assert _rows(after.next_step()) == steps[5]
 
 
+def test_a_rollback_takes_back_the_stage_and_no_samples(config, load):
+    config.mixture = [MixtureStage(8, {"streamed": 1.0})]
+    staged, plain = load(config), load(dataclasses.replace(config, mixture=[]))
+    for _ in range(8):
+        assert _rows(staged.next_step()) == _rows(plain.next_step())
+    staged.continue_at(5)  # step 8 was read ahead, of the stage
+    assert (staged.state_dict()["step"], staged.state_dict()["samples"]) == (5, 8 * G)
+    expected = [_rows(plain.next_step()) for _ in range(3)]
+    state = None
+    for rows in expected:
+        assert _rows(staged.next_step()) == rows
+        state = json.loads(json.dumps(staged.state_dict()))
+    assert any(row[0].startswith("mapped") for rows in expected for row in rows)
+    resumed = load(config, micro_batch=1)
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        read = _rows(staged.next_step())
+        assert all(row[0].startswith("streamed") for row in read)
+        assert _rows(resumed.next_step()) == read
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_source_can_join_at_a_resume(config, load, write_jsonl, texts, streaming):
     old = load(config)
