@@ -20,6 +20,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moetrain.config.data import KINDS
 from moetrain.config.plugins import nearest
 from moetrain.config.schema import Config
 from moetrain.config.values import shown, usual
@@ -88,6 +89,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if group:
         options = sorted(p.stem for p in (config_dir() / group[1]).glob("*.yaml"))
         return f"{group[1]}={group[2]}: no such choice{nearest(group[2], options)}; choices: {', '.join(options)}"
+    if source := _unknown_source(text, overrides):
+        return source
     key = _offending_key(text, overrides)
     given = next((override for override in overrides if override.lstrip("+~").split("=")[0] == key), "")
     if "=" not in given and given:
@@ -121,6 +124,18 @@ def _nearest_value(key: str, value: str, why: str) -> str:
     else:
         return ""
     return f"; nearest legal value: {near}"
+
+
+def _unknown_source(text: str, overrides: list[str]) -> str:
+    """What to say of keys given to a source that the composition does not have; nothing if that is not the error."""
+    for override in overrides:
+        given = re.match(r"\+*data\.(sources|validation)(?:\.(\w+)(?:\.|=\{)|=\{\s*(\w+))", override)
+        if given and re.search(rf"full_key: (data\.{given[1]}\.)?{given[2] or given[3]}$", text, re.MULTILINE):
+            where, name = given[1], given[2] or given[3]
+            new = f"'+data.{where}={{{name}: {{kind: jsonl, path: FILE}}}}'"
+            near = f"data={name} before it" if where == "sources" and name in KINDS else new
+            return f"data.{where}.{name}: no source of that name is chosen; nearest legal value: {near}"
+    return ""
 
 
 def _offending_key(text: str, overrides: list[str]) -> str | None:

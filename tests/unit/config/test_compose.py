@@ -64,6 +64,23 @@ def test_a_value_of_the_wrong_kind_names_one_of_the_right_kind(override, nearest
         load_config([override])
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("data.sources.jsonl.path=a", "sources.jsonl", "data=jsonl before it"),
+        ("+data.sources.late.kind=text", "sources.late", "'+data.sources={late: {kind: jsonl, path: FILE}}'"),
+        ("data.sources={late: {kind: text}}", "sources.late", "'+data.sources={late: {kind: jsonl, path: FILE}}'"),
+        ("data.validation={v: {kind: text}}", "validation.v", "'+data.validation={v: {kind: jsonl, path: FILE}}'"),
+    ],
+)
+def test_a_source_that_is_not_there_says_how_to_add_it(override, key, nearest):
+    with pytest.raises(ValueError) as error:
+        load_config([override])
+    assert str(error.value) == f"data.{key}: no source of that name is chosen; nearest legal value: {nearest}"
+    if nearest.startswith("'"):
+        assert key.split(".")[1] in getattr(load_config([nearest.strip("'")]).data, key.split(".")[0])
+
+
 def groups():
     return [
         (path.parent.name, path.stem)
