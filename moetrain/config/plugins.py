@@ -101,5 +101,6 @@ def resolve(where: str, target: str) -> Any:
 def nearest(key: str, options: list[str]) -> str:
     """A "did you mean" for the option closest to `key`, or nothing."""
     close = [option for option in options if option.endswith(f".{key}")]  # its group was left out
+    close = close or [option for option in options if option.endswith(f".{key.rpartition('.')[2]}")]  # another group's
     close = close or difflib.get_close_matches(key, options, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

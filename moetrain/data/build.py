@@ -140,7 +140,12 @@ def cached_stores(where: str, config: SourceConfig, tokenizer: Tokenizer, percen
     target = cache_dir / f"{config.kind}-{digest}"
     if target.is_dir():
         return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache_dir} cannot be made ({error}); name another directory, here or in $MOETRAIN_CACHE"
+        ) from error
     with _one_writer(cache_dir / f"{target.name}.lock"):
         if not target.is_dir():
             reader = DocumentReader(where, config, tokenizer)

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.unit
         ("run.resume", ["run.resume", "key=value"]),
         ("--cfg", ["'--cfg'", "key=value"]),
         ("lr=0.1", ["lr", "'optim.lr'"]),
+        ("train.lr=0.1", ["train.lr", "'optim.lr'"]),
+        ("train.warmup_steps=5", ["train.warmup_steps", "'optim.schedule.warmup_steps'"]),
         ("run.dir=~/runs", ["run.dir=~/runs", "quotes", f"""'run.dir="{Path.home()}/runs"'"""]),
         ("run.name=a,b", ["run.name=a,b", """'run.name="a,b"'"""]),
     ],

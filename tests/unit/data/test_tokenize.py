@@ -161,6 +161,13 @@ def test_the_cache_is_used_and_notices_a_change(tmp_path, write_jsonl, texts, mo
     assert cached() != first
 
 
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, write_jsonl):
+    config = SourceConfig(kind="jsonl", path=write_jsonl([{"text": "a"}]))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^data\.cache_dir=.*/file/cache cannot be made"):
+        build.cached_stores("x", config, ByteTokenizer(), 0.0, tmp_path / "file" / "cache")
+
+
 def test_sources_that_look_alike_do_not_share_a_store(tmp_path, write_jsonl, texts):
     """Unpacked archives: other texts under the same names, of the same sizes, changed at the same time."""
     read = {}
