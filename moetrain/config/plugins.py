@@ -14,6 +14,7 @@ from moetrain.config.schema import Config
 from moetrain.config.types import check_type
 
 PLUGIN_GROUPS = ("router", "balance", "dispatch", "experts", "optim", "tracker")
+SEVERAL = ("balance", "tracker")  # of which a run may have several, each below its name
 # Keys beside a plugin's own options: for every router (observe/tape.py), for every dispatcher (moe/capacity.py,
 # moe/placement.py).
 ROUTER_KEYS = ("record", "replay")
@@ -57,6 +58,12 @@ def check_plugins(config: Config) -> None:
     """Check every plugin group's options against the constructors they name. Imports the plugins, hence torch."""
     for group in PLUGIN_GROUPS:
         node = getattr(config, group)
+        for where, plugin in [(f"{group}.{k}", v) for k, v in node.items()] if group in SEVERAL else [(group, node)]:
+            if "_target_" not in plugin:
+                choose = f"{group}={where.rpartition('.')[2] if group in SEVERAL else '...'}"
+                raise ValueError(
+                    f"{where} has no _target_; nearest legal value: a choice, {choose} (`moetrain methods`)"
+                )
         check_options(group, router_options(node) if group == "router" else node)
 
 
@@ -101,6 +108,7 @@ def resolve(where: str, target: str) -> Any:
 def nearest(key: str, options: list[str]) -> str:
     """A "did you mean" for the option closest to `key`, or nothing."""
     close = [option for option in options if option.endswith(f".{key}")]  # its group was left out
-    close = close or [option for option in options if option.endswith(f".{key.rpartition('.')[2]}")]  # another group's
+    same = [option for option in options if option.endswith(f".{key.rpartition('.')[2]}")]  # another group's
+    close = close or (same if len(same) == 1 else [])
     close = close or difflib.get_close_matches(key, options, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -78,6 +78,7 @@ class SourceOpener:
         self._cache_dir = cache_dir
         self.reading: dict[str, str] = {}
         self.sampled: dict[str, str] = {}
+        self._cached: dict[str, Path] = {}
 
     def training(self) -> tuple[dict[str, RowSource], dict[str, HeldOut]]:
         """The sources to train on and what the hash of names holds out of them. Raises ValueError, see `Loader`."""
@@ -132,7 +133,9 @@ class SourceOpener:
             store = TokenStore(directory, where)
             _check_tokens(where, store, self._tokenizer)
             return store
-        return TokenStore(cached_stores(where, source, self._tokenizer, percent, self._cache_dir) / split, where)
+        if where not in self._cached:  # once for both splits: its key is read from every file
+            self._cached[where] = cached_stores(where, source, self._tokenizer, percent, self._cache_dir)
+        return TokenStore(self._cached[where] / split, where)
 
 
 def _kept(percent: float, validation: bool, name: str) -> bool:

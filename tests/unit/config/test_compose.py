@@ -34,6 +34,8 @@ pytestmark = pytest.mark.unit
         ("--cfg", ["'--cfg'", "key=value"]),
         ("lr=0.1", ["lr", "'optim.lr'"]),
         ("train.lr=0.1", ["train.lr", "'optim.lr'"]),
+        ("+balance.bias.rate=0.1", ["balance.bias has no _target_", "balance=bias"]),
+        ("~router", ["router has no _target_", "router=..."]),
         ("train.warmup_steps=5", ["train.warmup_steps", "'optim.schedule.warmup_steps'"]),
         ("run.dir=~/runs", ["run.dir=~/runs", "quotes", f"""'run.dir="{Path.home()}/runs"'"""]),
         ("run.name=a,b", ["run.name=a,b", """'run.name="a,b"'"""]),
