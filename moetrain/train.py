@@ -17,7 +17,7 @@ from moetrain.config.compose import load_config
 from moetrain.config.inherit import inherit
 from moetrain.config.plugins import check_plugins
 from moetrain.config.schema import Config
-from moetrain.config.validate import validate
+from moetrain.config.validate import check_init, validate
 
 if TYPE_CHECKING:
     from moetrain.trainer import Trainer
@@ -33,6 +33,7 @@ def train(overrides: list[str]) -> None:
 def run_config(overrides: list[str]) -> Config:
     """The configuration of a run; with `init.from` with that checkpoint's model or, to be resumed, the run's own."""
     config = load_config(overrides)
+    check_init(config)
     source = config.init.get("from", "")
     if not source:
         return config

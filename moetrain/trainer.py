@@ -90,7 +90,7 @@ class Trainer:
         self.placement = ExpertPlacement(config, self.meshes, self.moe_layers, self.optimizer)
         if self.beginning.state:
             self.placement.load_state_dict(self.beginning.state)
-            self.loader.load_state_dict(self.beginning.state["data"])
+            self.loader.load_state_dict(self.beginning.state["data"] | {"step": self.step})
             self.guard.bad = self.beginning.state.get("bad_steps", 0)
         on_rank0(lambda: self.store.set_aside_newer(self.beginning.keeps))
         if self.pipeline:
@@ -229,7 +229,7 @@ class Trainer:
         return action
 
     def _roll_back(self, why: str) -> None:
-        """To the newest intact checkpoint, but for the data, which goes on behind the bad batch."""
+        """To the newest intact checkpoint, but for the samples: those behind the bad batch follow."""
         self.saver.wait()
         path, damaged = self.store.newest_intact()
         if path is None:
@@ -238,6 +238,7 @@ class Trainer:
         state = self.store.load(path, self.model, self.optimizer, checked=True)
         self.placement.load_state_dict(state)
         bad, self.step = self.step + 1, int(state["step"])
+        self.loader.continue_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         if self.pipeline:
             self.pipeline.after_update()

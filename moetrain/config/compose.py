@@ -20,8 +20,10 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moetrain.config.data import KINDS
 from moetrain.config.plugins import nearest
 from moetrain.config.schema import Config
+from moetrain.config.values import shown, usual
 
 
 def config_dir() -> Path:
@@ -87,6 +89,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if group:
         options = sorted(p.stem for p in (config_dir() / group[1]).glob("*.yaml"))
         return f"{group[1]}={group[2]}: no such choice{nearest(group[2], options)}; choices: {', '.join(options)}"
+    if source := _unknown_source(text, overrides):
+        return source
     key = _offending_key(text, overrides)
     given = next((override for override in overrides if override.lstrip("+~").split("=")[0] == key), "")
     if "=" not in given and given:
@@ -102,8 +106,36 @@ def _explain(error: Exception, overrides: list[str]) -> str:
             of = key.split(".")[0]
             return f"{key}: what {of}= chooses here has no such key; choose another {of}= or leave the key out"
         return f"{key}: no such key{nearest(key, known)}"
-    why = str(error.__cause__ or error).splitlines()[0]
-    return f"{key}: {why}"
+    why = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+    return f"{key}: {why}{_nearest_value(key, given.partition('=')[2], why)}"
+
+
+def _nearest_value(key: str, value: str, why: str) -> str:
+    """What to write where a value is of the wrong kind, after OmegaConf's reason; nothing if it cannot be told."""
+    if "is not a ListConfig" in why:
+        near = "[]" if usual(key) == [] else f"[{value}]"
+    elif "is not a subclass of" in why or "Cannot assign" in why:
+        inside = [known for known in known_keys() if known.startswith(f"{key}.")]
+        return f"; it has keys of its own; nearest legal value: {inside[0]}=..." if inside else ""
+    elif "could not be converted to Integer" in why and re.fullmatch(r"\d+(\.\d*)?(e\d+)?", value):
+        near = str(round(float(value)))
+    elif "could not be converted" in why or "Cannot convert" in why or "is not Optional" in why:
+        near = value[1:-1] if re.fullmatch(r"\[[\w.-]+\]", value) else shown(usual(key))
+    else:
+        return ""
+    return f"; nearest legal value: {near}"
+
+
+def _unknown_source(text: str, overrides: list[str]) -> str:
+    """What to say of keys given to a source that the composition does not have; nothing if that is not the error."""
+    for override in overrides:
+        given = re.match(r"\+*data\.(sources|validation)(?:\.(\w+)(?:\.|=\{)|=\{\s*(\w+))", override)
+        if given and re.search(rf"full_key: (data\.{given[1]}\.)?{given[2] or given[3]}$", text, re.MULTILINE):
+            where, name = given[1], given[2] or given[3]
+            new = f"'+data.{where}={{{name}: {{kind: jsonl, path: FILE}}}}'"
+            near = f"data={name} before it" if where == "sources" and name in KINDS else new
+            return f"data.{where}.{name}: no source of that name is chosen; nearest legal value: {near}"
+    return ""
 
 
 def _offending_key(text: str, overrides: list[str]) -> str | None:

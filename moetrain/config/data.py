@@ -46,7 +46,7 @@ class MixtureStage:
 @dataclass
 class DataConfig:
     """tokenizer: `byte`, or the path or name of a tokenizers/transformers tokenizer; eos_token: its end-of-document
-    token, needed only where the tokenizer does not name one.
+    token, needed only where the tokenizer does not name one; `byte` has its own.
 
     mixture: stages that replace the sources' own weights from their step on.
     documents: stop (attention and positions end with each document, and no target crosses documents) | cross.
@@ -82,6 +82,7 @@ def check_data(config: DataConfig) -> None:
         raise ValueError(f"data.documents={config.documents!r} is unknown{nearest(config.documents, DOCUMENTS)}")
     if not 0 <= config.validation_percent < 100:
         raise ValueError(f"data.validation_percent={config.validation_percent} is outside [0, 100)")
+    check_end("data.", config.tokenizer, config.eos_token)
     for name, source in config.sources.items():
         check_source(f"data.sources.{name}", source)
     for name, source in config.validation.items():
@@ -90,6 +91,15 @@ def check_data(config: DataConfig) -> None:
         "data.sources.*.weight", {n: s.weight for n, s in config.sources.items()}, config, needed=_starts(config)
     )
     _check_mixture(config)
+
+
+def check_end(prefix: str, tokenizer: str, eos_token: str) -> None:
+    """Raises ValueError for an end token where it would be ignored; `prefix` is what precedes the keys."""
+    if tokenizer == "byte" and eos_token:
+        raise ValueError(
+            f"{prefix}eos_token={eos_token!r} with {prefix}tokenizer=byte, whose documents end with its own id; "
+            'nearest legal value: ""'
+        )
 
 
 def check_source(where: str, source: SourceConfig) -> None:

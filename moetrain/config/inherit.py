@@ -41,6 +41,8 @@ def inherit(config: Config, stored: Config, overrides: list[str], source: str) -
         if config.balance == default.balance and not _named(overrides, "balance"):
             result.balance = deepcopy(stored.balance)
     for key in ("tokenizer", "eos_token"):
+        if result.data.tokenizer != stored.data.tokenizer and key == "eos_token":
+            break  # another tokenizer's
         if getattr(config.data, key) == getattr(default.data, key) and not _named(overrides, f"data.{key}"):
             setattr(result.data, key, getattr(stored.data, key))
     return result

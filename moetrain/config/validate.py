@@ -15,6 +15,7 @@ from moetrain.config.model import check_model
 from moetrain.config.pipeline import V_SCHEDULES, check_pipeline
 from moetrain.config.router import check_router
 from moetrain.config.schema import Config
+from moetrain.config.values import check_values
 from moetrain.mesh.layout import Layout, make_layout, nearest_divisor
 
 CHOICES = {
@@ -54,9 +55,12 @@ def validate(config: Config, world: int) -> Layout:
     for key, least in AT_LEAST.items():
         if not _get(config, key) >= least:  # NaN is not
             raise _refuse(key, _get(config, key), f"is below {least}", least)
+    check_values(config)
     degrees = {key: getattr(config.parallel, key) for key in ("pp", "tp", "cp", "ep", "etp", "dp_replicate")}
     if (folder := config.run.dir).startswith("~"):
         raise _refuse("run.dir", folder, "would be a folder of that name here", Path(folder).expanduser())
+    if not folder:
+        raise _refuse("run.dir", '""', "would spread a run over the folder it is started in", f"runs/{config.run.name}")
     layout = make_layout(world, **degrees)
     _check_batches(config, layout)
     check_model(config.model)
@@ -73,7 +77,7 @@ def validate(config: Config, world: int) -> Layout:
             if getattr(layout, key) > 1:
                 raise _refuse(f"parallel.{key}", getattr(layout, key), "needs experts, but model.moe.n_experts=0", 1)
     _check_placement(config, layout)
-    _check_init(config)
+    check_init(config)
     _check_retention(config)
     _check_tape(config)
     check_router(config)
@@ -156,8 +160,10 @@ def _check_experts(config: Config, layout: Layout) -> None:
 
 
 def _check_placement(config: Config, layout: Layout) -> None:
-    """An option that could never move anything is a mistake."""
+    """An option that could never move or drop anything is a mistake."""
     placement, n_experts = config.dispatch.get("placement") or {}, config.model.moe.n_experts
+    if not n_experts and (factor := (config.dispatch.get("capacity") or {}).get("factor")):
+        raise _refuse("dispatch.capacity.factor", factor, "needs experts, but model.moe.n_experts=0", 0)
     if not (every := placement.get("every", 0)):
         return
     key, each = "dispatch.placement.every", n_experts // layout.ep
@@ -175,11 +181,15 @@ def _check_multiple(key: str, value: int, of: int, what: str) -> None:
         raise _refuse(key, value, f"does not divide by {what}", max(1, round(value / of)) * of)
 
 
-def _check_init(config: Config) -> None:
+def check_init(config: Config) -> None:
+    """The rules of `init`, which `init.from` needs before the rest. Raises ValueError."""
     unknown = sorted(set(config.init) - {"from", "allow"})
     if unknown:
         close = difflib.get_close_matches(unknown[0], ("from", "allow"), n=1, cutoff=0.0)
         raise ValueError(f"init.{unknown[0]}: no such key; did you mean 'init.{close[0]}'?")
+    if not isinstance(source := config.init.get("from") or "", str):
+        nearest = source[0] if isinstance(source, list) and len(source) == 1 else '""'
+        raise _refuse("init.from", source, "is not one path", nearest)
     allow = config.init.get("allow", [])
     if not isinstance(allow, list) or not all(isinstance(name, str) and name for name in allow):
         nearest = [allow] if isinstance(allow, str) and allow else []
@@ -189,12 +199,18 @@ def _check_init(config: Config) -> None:
 def _check_retention(config: Config) -> None:
     """An option that could never keep anything is a mistake."""
     kept, evaluated = config.checkpoint, config.train.eval_every
+    if kept.keep_every and not kept.every:
+        reason = f"leaves checkpoint.keep_every={kept.keep_every} nothing to keep"
+        raise _refuse("checkpoint.every", 0, reason, kept.keep_every)
     if kept.keep_every and kept.every and kept.keep_every % kept.every:
         nearest = max(1, round(kept.keep_every / kept.every)) * kept.every
         reason = f"is not a multiple of checkpoint.every={kept.every}"
         raise _refuse("checkpoint.keep_every", kept.keep_every, reason, nearest)
     if kept.keep_best and not evaluated:
         raise _refuse("checkpoint.keep_best", kept.keep_best, "needs a val_loss, but train.eval_every=0", 0)
+    if kept.keep_best and not kept.every:
+        reason = f"leaves checkpoint.keep_best={kept.keep_best} nothing to choose from"
+        raise _refuse("checkpoint.every", 0, reason, evaluated)
     if kept.keep_best and kept.every % evaluated:
         reason = f"needs a val_loss of each checkpoint, but checkpoint.every={kept.every} is not a multiple of it"
         raise _refuse("train.eval_every", evaluated, reason, nearest_divisor(evaluated, kept.every))
@@ -214,6 +230,8 @@ def _check_tape(config: Config) -> None:
     for key, value in (("record", record), ("replay", replay)):
         if value and not config.model.moe.n_experts:
             raise _refuse(f"router.{key}", value, "needs experts, but model.moe.n_experts=0", '""')
+    if replay and not Path(replay).is_dir():
+        raise _refuse("router.replay", replay, "is not a directory, as router.record writes", '""')
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from moetrain.config.data import SourceConfig
+from moetrain.data.content import sampled_hash
 from moetrain.data.documents import DocumentReader
 from moetrain.data.hashing import place
 from moetrain.data.readers import Source, open_source
@@ -133,12 +134,18 @@ def cached_stores(where: str, config: SourceConfig, tokenizer: Tokenizer, percen
     """
     source = open_source(where, config)
     keys = {k: v for k, v in dataclasses.asdict(config).items() if k not in _LEFT_ALONE}
-    identity = [FORMAT, keys, tokenizer.fingerprint, percent, source.identity, source.times]
+    sampled = sampled_hash(where, source.files)  # names, sizes, and times of an unpacked archive are often another's
+    identity = [FORMAT, keys, tokenizer.fingerprint, percent, source.identity, source.times, sampled]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
     target = cache_dir / f"{config.kind}-{digest}"
     if target.is_dir():
         return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache_dir} cannot be made ({error}); name another directory, here or in $MOETRAIN_CACHE"
+        ) from error
     with _one_writer(cache_dir / f"{target.name}.lock"):
         if not target.is_dir():
             reader = DocumentReader(where, config, tokenizer)

@@ -1,7 +1,8 @@
 """Global samples to this rank's batches, the same samples under every layout.
 
-Optimizer step s uses samples [s G, (s + 1) G), G = global_batch. Its micro-step j covers the micro_batch * dp samples
-from s G + j micro_batch dp on, of which data-parallel rank r takes micro_batch from r micro_batch on.
+Optimizer step s uses samples [s G, (s + 1) G), G = global_batch; after a roll-back those from a later sample on. Its
+micro-step j covers micro_batch * dp of them from j micro_batch dp on, of which data-parallel rank r takes micro_batch
+from r micro_batch on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moetrain.data.sources import HeldOut, SourceOpener
 from moetrain.data.tokenizer import check_vocabulary, load_tokenizer
 
 _VERSION = 1
+_OF_STREAMS = ("reading", "sampled")  # what a checkpoint says of them beside names and sizes (data/sources.py)
 
 
 class Loader:
@@ -53,7 +55,8 @@ class Loader:
         check_vocabulary(self.tokenizer, vocab_size)
         opener = SourceOpener(config, self.tokenizer, seq_len, seed, _cache_dir(config))
         self._sources, held_out = opener.training()
-        self._reading = opener.reading
+        of_streams = {"reading": opener.reading, "sampled": opener.sampled}
+        self._of_streams = {kind: by_source for kind, by_source in of_streams.items() if by_source}
         self._held_out: dict[str, HeldOut] = opener.validation() or held_out
         self._mixture = Mixture(config, seed)
         self._seq_len, self._documents, self._seed = seq_len, config.documents, seed
@@ -93,6 +96,13 @@ class Loader:
             self._counts[name] = known["count"]
             source.load_state_dict(known["reader"])
         self._state = self._snapshot()
+
+    def continue_at(self, step: int) -> None:
+        """Hands out the samples behind the last ones, but as those of optimizer step `step` and its followers.
+
+        A roll-back takes steps back and no samples; what was read ahead may be of another stage of the mixture.
+        """
+        self.load_state_dict(self._state | {"step": step})
 
     def fingerprint(self) -> str:
         """64 hex digits that change when any training row could: tokenizer, content, seed, row length, documents."""
@@ -164,7 +174,7 @@ class Loader:
             "documents": self._documents,
             "seed": self._seed,
             "sources": {name: source.fingerprint for name, source in self._sources.items()},
-            **({"reading": self._reading} if self._reading else {}),
+            **self._of_streams,
         }
 
     def _snapshot(self) -> dict[str, Any]:
@@ -184,16 +194,17 @@ class Loader:
                 f"the checkpoint's data cursor has version {state.get('version')}, this one reads {_VERSION}"
             )
         saved, own = state["data"], self._identity()
-        plain = [k for k in own if k not in ("sources", "reading")]
+        plain = [k for k in own if k not in ("sources", *_OF_STREAMS)]
         differing = [f"{k}: {saved[k]} there, {own[k]} here" for k in plain if saved[k] != own[k]]
         for name, fingerprint in saved["sources"].items():
             here = own["sources"].get(name, "absent (give it weight 0 rather than remove it)")
             if here != fingerprint:
                 differing.append(f"source {name}: {fingerprint} there, {here} here")
-        for name, reading in saved.get("reading", {}).items():  # not in the first checkpoints
-            here = self._reading.get(name, reading)
-            if here != reading:
-                differing.append(f"source {name}: {reading} there, {here} here")
+        for kind in _OF_STREAMS:  # not in the first checkpoints
+            for name, there in saved.get(kind, {}).items():
+                here = own.get(kind, {}).get(name, there)
+                if here != there:
+                    differing.append(f"source {name}: {there} there, {here} here")
         if differing:
             raise ValueError(
                 f"the checkpoint was trained on other data: fingerprint {state['fingerprint']} there, "

@@ -38,11 +38,12 @@ class Shard:
 @dataclass(frozen=True)
 class Source:
     """identity: what the rows are read from, as JSON (names and sizes of files), the same for a copy of the data.
-    times: when each file was last changed, in nanoseconds; with the identity the key of the cache."""
+    times: when each file was last changed, in nanoseconds. files: where they are; none behind what is not in files."""
 
     shards: list[Shard]
     identity: list[Any]
     times: list[int]
+    files: list[Path]
 
 
 def open_source(where: str, config: SourceConfig) -> Source:
@@ -70,7 +71,8 @@ def open_source(where: str, config: SourceConfig) -> Source:
 
 def _from_files(shards: list[Shard], files: list[tuple[str, Path]]) -> Source:
     stats = [(name, path.stat()) for name, path in files]
-    return Source(shards, [[name, stat.st_size] for name, stat in stats], [stat.st_mtime_ns for _, stat in stats])
+    identity, times = [[name, stat.st_size] for name, stat in stats], [stat.st_mtime_ns for _, stat in stats]
+    return Source(shards, identity, times, [path for _, path in files])
 
 
 def find_files(where: str, config: SourceConfig) -> list[tuple[str, Path]]:
@@ -171,11 +173,13 @@ def _hub(where: str, config: SourceConfig) -> Source:
     shards = [
         Shard(f"{config.path}/{config.split}/{i}", partial(loaded.shard, num_shards=n, index=i)) for i in range(n)
     ]
-    return Source(shards, [[f"{config.path}/{config.subset}/{config.split}/{n}", 0]], [])
+    return Source(shards, [[f"{config.path}/{config.subset}/{config.split}/{n}", 0]], [], [])
 
 
 def _mapped(config: SourceConfig, dataset: Any) -> Source:
-    """An Arrow-backed dataset is identified by the files behind it."""
+    """An Arrow-backed dataset is identified by the files behind it, one in memory by the library's own hash."""
     files = [(Path(file["filename"]).name, Path(file["filename"])) for file in dataset.cache_files]
     shard = Shard(f"{Path(config.path).name}/{config.split}", dataset.to_iterable_dataset)
+    if not files:  # HF_DATASETS_IN_MEMORY_MAX_SIZE
+        return Source([shard], [[dataset._fingerprint, 0]], [], [])
     return _from_files([shard], files)

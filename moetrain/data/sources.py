@@ -10,6 +10,7 @@ from typing import Protocol
 from moetrain.config.data import DataConfig, SourceConfig
 from moetrain.data.batch import Row
 from moetrain.data.build import cached_stores, store_directory
+from moetrain.data.content import sampled_hash
 from moetrain.data.documents import DocumentReader
 from moetrain.data.hashing import place
 from moetrain.data.readers import Source, open_source
@@ -65,8 +66,8 @@ class StreamHeldOut:
 class SourceOpener:
     """Opens sources for one row length, tokenizer, and cache.
 
-    reading: of each streamed training source, how its files become documents to train on. (What a mapped source holds
-    is hashed itself.)
+    reading: of each streamed training source, how its files become documents to train on; sampled: a hash of parts of
+    its files, where it has files. (What a mapped source holds is hashed itself.)
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, seq_len: int, seed: int, cache_dir: Path) -> None:
@@ -76,6 +77,8 @@ class SourceOpener:
         self._seed = seed
         self._cache_dir = cache_dir
         self.reading: dict[str, str] = {}
+        self.sampled: dict[str, str] = {}
+        self._cached: dict[str, Path] = {}
 
     def training(self) -> tuple[dict[str, RowSource], dict[str, HeldOut]]:
         """The sources to train on and what the hash of names holds out of them. Raises ValueError, see `Loader`."""
@@ -90,6 +93,8 @@ class SourceOpener:
                 column = f"ids {source.ids_column!r}" if source.ids_column else f"text {source.text_column!r}"
                 masked = f", mask {source.mask_column!r}" if source.mask_column else ""
                 self.reading[name] = f"{source.kind}, {column}{masked}, {percent}% held out"
+                if opened.files:
+                    self.sampled[name] = sampled_hash(where, opened.files)
                 rows[name] = StreamRows(name, reader, opened, trained, self._seq_len, self._seed)
                 if percent > 0:
                     held[name] = StreamHeldOut(name, reader, opened, partial(_kept, percent, True), self._seq_len)
@@ -128,7 +133,9 @@ class SourceOpener:
             store = TokenStore(directory, where)
             _check_tokens(where, store, self._tokenizer)
             return store
-        return TokenStore(cached_stores(where, source, self._tokenizer, percent, self._cache_dir) / split, where)
+        if where not in self._cached:  # once for both splits: its key is read from every file
+            self._cached[where] = cached_stores(where, source, self._tokenizer, percent, self._cache_dir)
+        return TokenStore(self._cached[where] / split, where)
 
 
 def _kept(percent: float, validation: bool, name: str) -> bool:

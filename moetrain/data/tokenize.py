@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from moetrain.config.data import SourceConfig, check_source, nearest
+from moetrain.config.data import SourceConfig, check_end, check_source, nearest
 from moetrain.data.build import SPLITS, StorePlan, fresh_directory, write_stores
 from moetrain.data.documents import DocumentReader
 from moetrain.data.readers import open_source
@@ -53,6 +53,7 @@ def run(overrides: dict[str, Any]) -> None:
     if out.exists():
         raise ValueError(f"out={config.out!r} exists already; nothing is overwritten, name a new directory")
     check_source("source", config.source)
+    check_end("", config.tokenizer, config.eos_token)
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     source = open_source("source", config.source)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,8 @@ def run(overrides: dict[str, Any]) -> None:
         metas = write_stores(DocumentReader("source", config.source, tokenizer), source, fresh, plan)
     for split, meta in metas.items():
         print(f"{out / split}: {meta['tokens']} tokens, {meta['documents']} documents, {len(meta['shards'])} shards")
-    print(f"train on it: data=shards data.sources.shards.path={out} data.tokenizer={config.tokenizer}")
+    end = f" data.eos_token={config.eos_token}" if config.eos_token else ""
+    print(f"train on it: data=shards data.sources.shards.path={out} data.tokenizer={config.tokenizer}{end}")
 
 
 def _typed(kind: type, values: dict[str, Any], prefix: str) -> Any:

@@ -109,7 +109,15 @@ class RoutingTape:
         return self.record is not None or self.replay is not None
 
     def start(self, step: int) -> None:
-        """Forget what an earlier run recorded after `step`. On one rank, before the first step."""
+        """Forget what an earlier run recorded after `step`. On one rank, before the first step.
+
+        Raises ValueError where nothing can be recorded.
+        """
+        try:
+            if self.record is not None:
+                self.record.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"router.record={self.record} cannot be made ({error}); name another directory") from error
         for path in self.record.iterdir() if self.record is not None and self.record.is_dir() else ():
             found = re.fullmatch(r"step_(\d{8,})", path.name)
             if found and int(found[1]) > step:

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from moetrain.comm.shards import local
+from moetrain.config.values import require_above_0, require_range
 from moetrain.fused import fused
-from moetrain.optim.check import require_range
 
 NamedParameters = Iterable[tuple[str, Parameter]]
 
@@ -89,7 +89,7 @@ def build(
     any other. Each group keeps its peak rate in `initial_lr`. Raises ValueError for hyper-parameters out of range.
     """
     require_range("lr", lr, 0, float("inf"))
-    require_range("eps", eps, 0, float("inf"))
+    require_above_0("eps", eps, 1e-8)  # a row that never had a gradient would become 0 / 0
     require_range("weight_decay", weight_decay, 0, float("inf"))
     if len(betas) != 2:
         raise ValueError(f"betas has {len(betas)} values, {list(betas)}; the nearest legal value is [0.9, 0.95]")

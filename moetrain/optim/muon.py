@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from moetrain.config.values import require_range
 from moetrain.optim import adamw
-from moetrain.optim.check import require_range
 from moetrain.parallel.initialize import local_part
 
 # Of the quintic whose iterates approach 1 fastest from small singular values (the post above).

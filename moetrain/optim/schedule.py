@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from moetrain.optim.check import require_range
+from moetrain.config.values import require_range
 
 
 class Schedule(Protocol):

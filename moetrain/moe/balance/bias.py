@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from moetrain.config.values import require_range
 from moetrain.moe.balance.base import Balance
 
 
@@ -19,6 +22,7 @@ class SelectionBias(Balance):
 
     def __init__(self, n_experts: int, rate: float = 0.001) -> None:
         super().__init__()
+        require_range("rate", rate, 0, math.inf)
         self.rate = rate
         self.bias_E = torch.zeros(n_experts, dtype=torch.float32)  # a buffer: registered, empty, by Balance
 

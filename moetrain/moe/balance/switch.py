@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from moetrain.comm.collectives import all_reduce_sum
+from moetrain.config.values import require_range
 from moetrain.moe.balance.base import Balance
 from moetrain.moe.router.common import count_experts, top_k
 from moetrain.moe.types import Routing
@@ -29,8 +32,9 @@ class SwitchLoss(Balance):
 
     def __init__(self, n_experts: int, coefficient: float = 0.01, scope: str = "sequence") -> None:
         super().__init__()
+        require_range("coefficient", coefficient, 0, math.inf)
         if scope not in SCOPES:
-            raise ValueError(f"balance.switch.scope={scope!r}: nearest legal value: sequence (of {', '.join(SCOPES)})")
+            raise ValueError(f"scope={scope!r}: nearest legal value: sequence (of {', '.join(SCOPES)})")
         self.n_experts, self.coefficient, self.scope = n_experts, coefficient, scope
         self.running_E = None
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from moetrain.config.values import require_range
 from moetrain.moe.balance.base import Balance
 from moetrain.moe.types import Routing
 
@@ -14,6 +17,7 @@ class ZLoss(Balance):
 
     def __init__(self, n_experts: int, coefficient: float = 0.001) -> None:
         super().__init__()
+        require_range("coefficient", coefficient, 0, math.inf)
         self.coefficient = coefficient
 
     def on_routing(self, routing: Routing) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from moetrain.config.values import require_range
 from moetrain.moe.router.common import make_routing, router_logits
 from moetrain.moe.router.fused import fused_routing, usable
 from moetrain.moe.types import Routing, TokenContext
@@ -26,6 +28,7 @@ class ForcedRouter(nn.Module):
         self, d_model: int, n_experts: int, top_k: int, distribution: str = "balanced", exponent: float = 0.6
     ) -> None:
         super().__init__()
+        require_range("exponent", exponent, 0, math.inf)
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"router.distribution={distribution!r}: nearest legal value: balanced (or zipf)")
         self.top_k, self.distribution, self.exponent = top_k, distribution, exponent

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetrain.config.values import require_above_0
 from moetrain.moe.router.common import check_kernels, choose, make_routing, router_logits, top_k
 from moetrain.moe.router.fused import fused_routing, usable
 from moetrain.moe.router.rounding import build_rounding
@@ -36,6 +37,7 @@ class SigmoidTopK(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
+        require_above_0("scale", scale, 1.0)
         if n_groups < 1 or n_experts % n_groups:
             raise ValueError(f"router.n_groups={n_groups} does not divide {n_experts} experts; nearest legal value: 1")
         if not 1 <= topk_groups <= n_groups:

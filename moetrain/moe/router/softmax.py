@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetrain.config.values import require_above_0
 from moetrain.moe.router.common import check_kernels, choose, make_routing, router_logits
 from moetrain.moe.router.fused import fused_routing, usable
 from moetrain.moe.router.rounding import build_rounding
@@ -34,6 +35,7 @@ class SoftmaxTopK(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
+        require_above_0("scale", scale, 1.0)
         if order not in ("pre", "post"):
             raise ValueError(f"router.order={order!r}: nearest legal value: pre (or post)")
         if top_k == 1 and (order == "post" or renormalize):

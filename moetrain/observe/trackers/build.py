@@ -42,5 +42,5 @@ def build_trackers(config: Mapping[str, Mapping[str, Any]]) -> Trackers:
         try:
             trackers.append(SafeTracker(instantiate(dict(options)), name))
         except (InstantiationException, TypeError, ValueError) as error:
-            raise ValueError(f"tracker.{name} cannot be built: {error}") from error
+            raise ValueError(f"tracker.{name} cannot be built: {error.__cause__ or error}") from error
     return Trackers(trackers)

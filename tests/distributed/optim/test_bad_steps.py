@@ -141,6 +141,20 @@ def test_roll_back_goes_on_from_the_checkpoint_with_the_data_behind_the_bad_batc
     assert state(tmp_path, 8)["data"]["samples"] == 4 * 10  # two steps' samples were given up
 
 
+def test_roll_back_keeps_the_mixtures_stages_to_their_steps(tmp_path):
+    overrides = [f"run.dir={tmp_path}", "checkpoint.every=3", "train.on_bad_step=rollback"]
+    overrides += [
+        "+data.sources={late: {kind: stdlib, weight: 0}}",
+        "data.mixture=[{from_step: 5, weights: {late: 1}}]",
+    ]
+    run(overrides, poisoned=[5])
+    read = {
+        step: {name.split(":")[0] for of_dp in ids(tmp_path, step).values() for name in of_dp} for step in range(1, 9)
+    }
+    assert read == {step: {"late"} if step > 5 else {"stdlib"} for step in range(1, 9)}  # from_step counts from 0
+    assert state(tmp_path, 8)["data"]["step"] == 8
+
+
 def test_roll_back_passes_over_a_checkpoint_that_is_damaged(tmp_path):
     def flip():
         damaged = next((tmp_path / "checkpoints" / "step_00000004" / "model").glob("__0_*"))

@@ -1,5 +1,6 @@
 """Every misspelling is an error that names the nearest key; the defaults and every choice of every group compose."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,10 @@ pytestmark = pytest.mark.unit
         ("run.resume", ["run.resume", "key=value"]),
         ("--cfg", ["'--cfg'", "key=value"]),
         ("lr=0.1", ["lr", "'optim.lr'"]),
+        ("train.lr=0.1", ["train.lr", "'optim.lr'"]),
+        ("+balance.bias.rate=0.1", ["balance.bias has no _target_", "balance=bias"]),
+        ("~router", ["router has no _target_", "router=..."]),
+        ("train.warmup_steps=5", ["train.warmup_steps", "'optim.schedule.warmup_steps'"]),
         ("run.dir=~/runs", ["run.dir=~/runs", "quotes", f"""'run.dir="{Path.home()}/runs"'"""]),
         ("run.name=a,b", ["run.name=a,b", """'run.name="a,b"'"""]),
     ],
@@ -41,6 +46,43 @@ def test_a_mistake_names_itself_and_the_nearest_key(override, words):
         check_plugins(load_config(override.split()))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("parallel.pp_layers=4", "[4]"),
+        ("train.steps=[100]", "100"),
+        ("train.steps=1e3", "1000"),
+        ("train.steps=null", "100"),
+        ("train.precision=[bf16]", "bf16"),
+        ("train.max_loss=never", "null"),
+        ("data.mixture=5", "[]"),
+        ("model.moe=8", "model.moe.n_experts=..."),
+        ("init=runs/a", "init.from=..."),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_one_of_the_right_kind(override, nearest):
+    key = override.split("=")[0]
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: .*; nearest legal value: {re.escape(nearest)}$"):
+        load_config([override])
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("data.sources.jsonl.path=a", "sources.jsonl", "data=jsonl before it"),
+        ("+data.sources.late.kind=text", "sources.late", "'+data.sources={late: {kind: jsonl, path: FILE}}'"),
+        ("data.sources={late: {kind: text}}", "sources.late", "'+data.sources={late: {kind: jsonl, path: FILE}}'"),
+        ("data.validation={v: {kind: text}}", "validation.v", "'+data.validation={v: {kind: jsonl, path: FILE}}'"),
+    ],
+)
+def test_a_source_that_is_not_there_says_how_to_add_it(override, key, nearest):
+    with pytest.raises(ValueError) as error:
+        load_config([override])
+    assert str(error.value) == f"data.{key}: no source of that name is chosen; nearest legal value: {nearest}"
+    if nearest.startswith("'"):
+        assert key.split(".")[1] in getattr(load_config([nearest.strip("'")]).data, key.split(".")[0])
 
 
 def groups():

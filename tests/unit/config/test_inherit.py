@@ -63,6 +63,9 @@ def test_routers_balance_and_tokenizer_may_be_chosen_anew():
     assert got.router["renormalize"] is False  # a property of the weights, unless named
     assert list(got.balance) == ["z_loss"]
     assert got.data.tokenizer == "byte"
+    ended = [*STORED, "data.eos_token=stop"]
+    assert started(stored=ended).data.eos_token == "stop"
+    assert started("data.tokenizer=byte", stored=ended).data.eos_token == ""  # the other tokenizer's
     assert started("router.renormalize=true").router["renormalize"] is True
     assert started("router.record=tape").router["record"] == "tape"
     assert list(started("balance.switch.coefficient=0.5").balance) == ["switch", "z_loss"]

@@ -119,6 +119,11 @@ REFUSED = [
     (1, ["train.max_loss=nan"], "train.max_loss=nan", "0"),
     (1, ["router.record=a", "router.replay=a"], "router.record=a", '""'),
     (1, ["router.replay=a", "model.moe.n_experts=0"], "router.replay=a", '""'),
+    (1, ["router.replay=nowhere"], "router.replay=nowhere", '""'),
+    (1, ["run.dir="], 'run.dir=""', "runs/tiny"),
+    (1, ["checkpoint.keep_every=50"], "checkpoint.every=0", "50"),
+    (1, ["checkpoint.keep_best=2", "train.eval_every=20"], "checkpoint.every=0", "20"),
+    (1, ["dispatch.capacity.factor=1.2", "model.moe.n_experts=0"], "dispatch.capacity.factor=1.2", "0"),
     (1, ["data.documents=stopp"], "data.documents='stopp'", "stop"),
 ]
 

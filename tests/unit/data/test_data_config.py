@@ -41,6 +41,10 @@ TWO = {"sources": {"code": SourceConfig(), "prose": SourceConfig()}}
         (_one(weight=-1.0), r"source 'x' has weight -1"),
         (_one(weight=float("nan")), r"source 'x' has weight nan"),
         (_one() | {"documents": "stp"}, r"data\.documents='stp' is unknown; did you mean 'stop'"),
+        (
+            _one() | {"eos_token": "</s>"},
+            r"^data\.eos_token='</s>' with data\.tokenizer=byte.*nearest legal value: \"\"$",
+        ),
         (_one() | {"validation_percent": 100.0}, r"data\.validation_percent=100\.0"),
         (_one() | {"validation": {"v": SourceConfig(kind="text")}}, r"data\.validation\.v\.path is empty"),
         (

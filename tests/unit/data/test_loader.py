@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -119,6 +120,27 @@ def test_the_mixture_changes_at_its_step_even_when_named_only_at_the_resume(conf
     assert _rows(after.next_step()) == steps[5]
 
 
+def test_a_rollback_takes_back_the_stage_and_no_samples(config, load):
+    config.mixture = [MixtureStage(8, {"streamed": 1.0})]
+    staged, plain = load(config), load(dataclasses.replace(config, mixture=[]))
+    for _ in range(8):
+        assert _rows(staged.next_step()) == _rows(plain.next_step())
+    staged.continue_at(5)  # step 8 was read ahead, of the stage
+    assert (staged.state_dict()["step"], staged.state_dict()["samples"]) == (5, 8 * G)
+    expected = [_rows(plain.next_step()) for _ in range(3)]
+    state = None
+    for rows in expected:
+        assert _rows(staged.next_step()) == rows
+        state = json.loads(json.dumps(staged.state_dict()))
+    assert any(row[0].startswith("mapped") for rows in expected for row in rows)
+    resumed = load(config, micro_batch=1)
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        read = _rows(staged.next_step())
+        assert all(row[0].startswith("streamed") for row in read)
+        assert _rows(resumed.next_step()) == read
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_source_can_join_at_a_resume(config, load, write_jsonl, texts, streaming):
     old = load(config)
@@ -168,6 +190,42 @@ def test_a_stream_that_would_be_read_otherwise_is_refused_at_a_resume(config, lo
         load(held).load_state_dict(state)
     del state["data"]["reading"]  # as the first checkpoints were
     load(other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resume_on_data_that_only_looks_the_same_is_refused(load, write_jsonl, texts, tmp_path, streaming):
+    """Names, sizes, and times are those of the data that the checkpoint was trained on; a copy of that goes on."""
+    config = DataConfig(cache_dir=str(tmp_path / "cache"))
+    states = {}
+    for name, rows in {"there": texts, "other": [t.swapcase() for t in texts], "copy": texts}.items():
+        path = write_jsonl([{"text": t} for t in rows], f"{name}/rows.jsonl")
+        os.utime(path, ns=(10**18, 10**18))
+        config.sources = {"s": SourceConfig(kind="jsonl", path=path, streaming=streaming)}
+        loader = load(config)
+        states[name] = loader.state_dict()
+        if name == "other":
+            with pytest.raises(ValueError, match=r"the checkpoint was trained on other data: .*source s: "):
+                loader.load_state_dict(states["there"])
+    loader.load_state_dict(states["there"])
+    states["other"]["data"].pop("sampled", None)  # as checkpoints once were: of streams, names and sizes alone
+    if streaming:
+        loader.load_state_dict(states["other"])
+
+
+def test_sources_of_equal_content_are_mixed(load, write_jsonl, texts, tmp_path):
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), validation_percent=0.0)
+    for name in "ab":
+        path = write_jsonl([{"text": t} for t in texts], f"{name}/rows.jsonl")
+        os.utime(path, ns=(10**18, 10**18))
+        config.sources[name] = SourceConfig(kind="jsonl", path=path)
+    loader = load(config)
+    rows = [row for _ in range(20) for row in _rows(loader.next_step())]
+    tokens = {name: {row[0].split(":")[2]: row[1] for row in rows if row[0][0] == name} for name in "ab"}
+    shared = tokens["a"].keys() & tokens["b"].keys()
+    assert len(shared) > 20
+    assert all(tokens["a"][row] == tokens["b"][row] for row in shared)
+    orders = [[row[0].split(":")[2] for row in rows if row[0][0] == name][:20] for name in "ab"]
+    assert orders[0] != orders[1]  # each source has an order of its own
 
 
 def test_a_copy_of_the_data_is_the_same_data(config, load, write_jsonl, texts):

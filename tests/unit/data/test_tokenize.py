@@ -1,5 +1,7 @@
 import json
+import os
 
+import datasets
 import numpy as np
 import pytest
 
@@ -121,6 +123,7 @@ def test_shards_of_another_tokenizer_or_with_a_wrong_id_are_refused(options, tmp
         ({"shard_tokens": "many"}, "shard_tokens='many' is not of type int"),
         ({"workers": "-1"}, "workers=-1 is negative"),
         ({"source": {"streaming": "maybe"}}, r"source\.streaming='maybe' is not of type bool"),
+        ({"eos_token": "</s>"}, "^eos_token='</s>' with tokenizer=byte, .* nearest legal value: \"\"$"),
         ({"validation_percent": 100}, r"validation_percent=100\.0 is outside"),
     ],
 )
@@ -156,6 +159,37 @@ def test_the_cache_is_used_and_notices_a_change(tmp_path, write_jsonl, texts, mo
         assert cached() == first
     write_jsonl([{"text": t.swapcase()} for t in texts])  # as many bytes as before
     assert cached() != first
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, write_jsonl):
+    config = SourceConfig(kind="jsonl", path=write_jsonl([{"text": "a"}]))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^data\.cache_dir=.*/file/cache cannot be made"):
+        build.cached_stores("x", config, ByteTokenizer(), 0.0, tmp_path / "file" / "cache")
+
+
+def test_sources_that_look_alike_do_not_share_a_store(tmp_path, write_jsonl, texts):
+    """Unpacked archives: other texts under the same names, of the same sizes, changed at the same time."""
+    read = {}
+    for name, rows in {"one": texts, "two": [t.swapcase() for t in texts], "copy": texts}.items():
+        path = write_jsonl([{"text": t} for t in rows], f"{name}/rows.jsonl")
+        os.utime(path, ns=(10**18, 10**18))
+        config = SourceConfig(kind="jsonl", path=path)
+        stored = build.cached_stores("x", config, ByteTokenizer(), 0.0, tmp_path / "cache")
+        store = TokenStore(stored / "train", "x")
+        read[name] = stored, ByteTokenizer().decode(store.read(0, store.tokens)[0])
+    assert read["two"][1] == "".join(texts).swapcase()
+    assert read["one"] == read["copy"] != read["two"]  # a copy that kept its times still shares
+
+
+def test_datasets_in_memory_do_not_share_a_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 1 << 30)
+    stores = set()
+    for text in "ab", "cd":
+        datasets.Dataset.from_dict({"text": [text]}).save_to_disk(tmp_path / text)
+        config = SourceConfig(kind="arrow", path=str(tmp_path / text))
+        stores |= {build.cached_stores("x", config, ByteTokenizer(), 0.0, tmp_path / "cache") for _ in range(2)}
+    assert len(stores) == 2
 
 
 def test_a_lost_race_takes_the_winners_store(tmp_path):

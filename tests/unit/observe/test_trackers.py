@@ -245,3 +245,11 @@ def _history(file):
             items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             rows.append({key: value for key, value in items.items() if not key.startswith("_")})
     return rows
+
+
+def test_what_a_tracker_refuses_is_one_line():
+    options = {"_target_": "moetrain.observe.trackers.wandb.WandbTracker", "mode": "off"}
+    with pytest.raises(
+        ValueError, match=r"^tracker\.wandb cannot be built: tracker\.wandb\.mode is 'off'; it can be [a-z, ]*$"
+    ):
+        build_trackers({"wandb": options})
