@@ -6,6 +6,7 @@ Gathered x, the activation, and the experts' un-combined output are recomputed o
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache
 
@@ -99,7 +100,7 @@ def backward(
     side = _side_stream(x_TD.device) if x_TD.is_cuda and need[0] and (need[1] or need[2]) else None
     if side is not None:
         side.wait_stream(torch.cuda.current_stream(x_TD.device))
-    with torch.cuda.stream(side):
+    with nullcontext() if side is None else torch.cuda.stream(side):  # torch's own of None would start CUDA
         if need[1]:
             weight_grad(x_TD, dh_R2F, rows, dw_gate_up_E2FD.view_as(w_up_rows), True, config.dw_up)
         if need[2]:

@@ -45,6 +45,18 @@ def test_a_length_that_triton_compiles_in_selects_the_kernel(monkeypatch):
     assert kernels == [1, 2, 3, 3, 3]
 
 
+def test_compiling_for_a_device_starts_none(monkeypatch):
+    """The benchmark's processes fill the cache after a fork, in which CUDA cannot be started again."""
+
+    def started(*args):
+        raise AssertionError("CUDA")
+
+    monkeypatch.setattr(torch.cuda, "stream", started)
+    monkeypatch.setattr(Launcher, "__call__", lambda *args, **options: None)
+    monkeypatch.setattr(configs, "device_traits", lambda device: (132, 90))
+    compile_check.compile_layer(torch.bfloat16, 1024)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_constants_come_in_the_order_of_the_kernels_signature(arch, monkeypatch):
     """A compiled kernel is launched with their values by position."""
