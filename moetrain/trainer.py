@@ -97,7 +97,7 @@ class Trainer:
             self.pipeline.after_update()
         on_rank0(lambda: self.tape.start(self.step))
         self.log = RunLog(config, self.run_dir, self.rank0)
-        self.throughput = Throughput(layout.world, device, flops_per_token(config.model, config.train.seq_len))
+        self.throughput = Throughput(layout.world, device, partial(flops_per_token, config.model, config.train.seq_len))
 
     def fit(self) -> None:
         """Train from the current step to `train.steps`, or until a signal asks to stop; ends with a checkpoint."""
@@ -148,7 +148,7 @@ class Trainer:
         fill_missing_gradients(self.parameters)
         sum_replicated_gradients(self.parameters, self.meshes)
         norm = self._grad_norm()
-        told = read_step(sums, norm, totals.tokens, self.guard.flag(sums.ce_loss, sums.loss, norm))
+        told = read_step(sums, norm, totals, self.guard.flag(sums.ce_loss, sums.loss, norm))
         sample_ids = [sample for batch in batches for sample in batch.sample_ids]
         multiplier = self.schedule(self.step, self.config.train.steps)
         wrong = self.guard.judge(told.wrong, told.values["ce_loss"], told.values["loss"], told.values["grad_norm"])
@@ -288,10 +288,10 @@ class Trainer:
         return grad_norm(self.pipeline.counted(self.parameters), self.pipeline.group)
 
     def _row(self, told: Told, multiplier: float) -> dict[str, Any]:
-        tokens = told.values.pop("tokens")
+        tokens, attended = told.values.pop("tokens"), told.values.pop("attended")
         row: dict[str, Any] = {"step": self.step, **told.values}
         row |= {"lr": self.config.optim["lr"] * multiplier, "tokens": int(tokens)}
-        row |= self.throughput.step(int(tokens))
+        row |= self.throughput.step(int(tokens), attended / tokens)
         if exposed_s := self.saver.exposed_s():
             row["checkpoint_time_s"] = exposed_s
         if self.moe_numbers:

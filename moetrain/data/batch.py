@@ -112,8 +112,9 @@ def global_totals(batches: Sequence[Batch], dp: int, group: dist.ProcessGroup) -
         [
             torch.stack([b.loss_mask_BS.sum() for b in batches]).sum(),
             torch.stack([(b.document_BS >= 0).sum() for b in batches]).sum(),
+            torch.stack([((b.position_BS + 1) * (b.document_BS >= 0)).sum() for b in batches]).sum(),
         ]
     ).double()
-    loss_tokens, tokens = all_reduce_sum(local, group).clamp(min=1)
+    loss_tokens, tokens, attended = all_reduce_sum(local, group).clamp(min=1)
     rows = sum(len(b.sample_ids) for b in batches) * dp
-    return Totals(loss_tokens, tokens, rows, len(batches))
+    return Totals(loss_tokens, tokens, rows, len(batches), attended)

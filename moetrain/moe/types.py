@@ -21,12 +21,14 @@ class Totals:
     tokens: 0-d float tensor, tokens that are routed (everything but padding).
     rows: packed rows, the unit of the `sequence` balance scope.
     micro_batches: micro-steps per optimizer step.
+    attended: 0-d float tensor, positions that the routed tokens look at, all together; None where nobody reports work.
     """
 
     loss_tokens: Tensor
     tokens: Tensor
     rows: int
     micro_batches: int
+    attended: Tensor | None = None
 
 
 @dataclass(frozen=True)

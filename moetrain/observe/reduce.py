@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moetrain.comm.collectives import all_reduce_sum
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.types import Totals
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class Told:
     dropped_L: Tensor
 
 
-def read_step(sums: StepSums, norm: Tensor, tokens: Tensor, flag: Tensor) -> Told:
+def read_step(sums: StepSums, norm: Tensor, totals: Totals, flag: Tensor) -> Told:
     """All that the host learns of a step, in one transfer and before the update: while the device makes that, the host
-    is on its way into the next step. tokens: of the global batch. flag: positive if the step must not be taken."""
-    terms = {"loss": sums.loss, "ce_loss": sums.ce_loss, **sums.losses, "grad_norm": norm, "tokens": tokens}
+    is on its way into the next step. flag: positive if the step must not be taken."""
+    assert totals.attended is not None
+    terms = {"loss": sums.loss, "ce_loss": sums.ce_loss, **sums.losses, "grad_norm": norm, "tokens": totals.tokens}
+    terms["attended"] = totals.attended
     scalars = torch.stack([x.double() for x in (flag, sums.stop, *terms.values())])
     parts = [scalars, sums.entropy_L, sums.dropped_L, sums.count_LE.double().flatten()]
     scalars, entropy_L, dropped_L, count_N = torch.cat(parts).cpu().split([part.numel() for part in parts])

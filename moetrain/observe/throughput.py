@@ -50,7 +50,8 @@ def peak_bf16_flops(device_name: str) -> float | None:
 class Throughput:
     """Times optimizer steps on rank 0's clock, leaving out evaluation and checkpoints.
 
-    flops_per_token: forward and backward of one token through the parameters active for it; None gives no MFU.
+    flops_per_token: of the positions that a token looks at on average: floating-point operations, forward and backward,
+    of one token through the parameters active for it; None gives no MFU.
     The caller has read a value of the step from the device (its loss, say) before `step`, so the clock sees a
     finished step and no synchronisation is added here.
     """
@@ -59,7 +60,7 @@ class Throughput:
         self,
         world_size: int,
         device: torch.device,
-        flops_per_token: float | None = None,
+        flops_per_token: Callable[[float], float] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._world_size = world_size
@@ -83,8 +84,9 @@ class Throughput:
         finally:
             self._excluded += self._clock() - begin
 
-    def step(self, tokens: int) -> dict[str, float | None]:
-        """End a step that trained on `tokens` tokens (all ranks together) and begin the next.
+    def step(self, tokens: int, attended: float) -> dict[str, float | None]:
+        """End a step that trained on `tokens` tokens (all ranks together), each of which looked at `attended` positions
+        on average, and begin the next.
 
         Returns tokens_per_s, tokens_per_s_per_gpu (per rank on a CPU), mfu (None without a known peak), peak_memory_gb.
         """
@@ -93,11 +95,13 @@ class Throughput:
         self._start, self._excluded = now, 0.0
         per_s = tokens / seconds if seconds > 0 else 0.0
         per_gpu = per_s / self._world_size
-        known = self._peak is not None and self._flops_per_token is not None
+        mfu = None
+        if self._peak is not None and self._flops_per_token is not None:
+            mfu = per_gpu * self._flops_per_token(attended) / self._peak
         return {
             "tokens_per_s": per_s,
             "tokens_per_s_per_gpu": per_gpu,
-            "mfu": per_gpu * self._flops_per_token / self._peak if known else None,  # type: ignore[operator]
+            "mfu": mfu,
             "peak_memory_gb": self._peak_memory() / 1e9,
         }
 

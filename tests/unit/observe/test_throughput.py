@@ -21,18 +21,18 @@ class Clock:
 
 def test_evaluation_and_checkpoints_do_not_count():
     clock = Clock()
-    meter = Throughput(world_size=4, device=torch.device("cpu"), flops_per_token=1e9, clock=clock)
+    meter = Throughput(world_size=4, device=torch.device("cpu"), flops_per_token=lambda attended: attended, clock=clock)
     clock.now += 50.0  # building the model
     meter.start()
     clock.now += 2.0
-    first = meter.step(tokens=1000)
+    first = meter.step(tokens=1000, attended=1.0)
     with meter.excluded():
         clock.now += 30.0
     clock.now += 1.0
     with contextlib.suppress(KeyError), meter.excluded():
         clock.now += 7.0
         raise KeyError
-    second = meter.step(tokens=1000)
+    second = meter.step(tokens=1000, attended=1.0)
     assert first["tokens_per_s"] == 500.0
     assert first["tokens_per_s_per_gpu"] == 125.0
     assert second["tokens_per_s"] == 1000.0  # the excluded time of one step does not leak into the next
@@ -42,16 +42,18 @@ def test_evaluation_and_checkpoints_do_not_count():
 def test_cpu_memory_is_this_process():
     meter = Throughput(world_size=1, device=torch.device("cpu"))
     # torch alone is resident with more than 50 MB; a unit mistake is a factor of 1000.
-    assert 0.05 < meter.step(1)["peak_memory_gb"] < 50
+    assert 0.05 < meter.step(1, 1.0)["peak_memory_gb"] < 50
 
 
 def test_mfu_is_over_the_dense_peak_of_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7_000_000_000)
     clock = Clock()
-    meter = Throughput(world_size=2, device=torch.device("cuda", 0), flops_per_token=1e9, clock=clock)
+    meter = Throughput(
+        world_size=2, device=torch.device("cuda", 0), flops_per_token=lambda attended: 1e6 * attended, clock=clock
+    )
     clock.now += 1.0
-    row = meter.step(tokens=989_400)  # 494700 tokens/s on each GPU, 494.7 TFLOP/s of 989.4
+    row = meter.step(tokens=989_400, attended=1e3)  # 494700 tokens/s on each GPU, 494.7 TFLOP/s of 989.4
     assert row["mfu"] == pytest.approx(0.5, rel=1e-12)
     assert row["peak_memory_gb"] == 7.0
 
