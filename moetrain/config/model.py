@@ -149,17 +149,15 @@ def _check_rope(rope: RopeConfig) -> None:
         raise ValueError(f"model.attention.rope.factor={rope.factor} must be at least 1.0")
     _at_least("model.attention.rope.theta", rope.theta, 1)
     _at_least("model.attention.rope.original_max_position", rope.original_max_position, 1)
-    least, most = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}.get(
-        rope.scaling, ("", "")
-    )
-    if least and not 0 < getattr(rope, least) < getattr(
-        rope, most
-    ):  # divided by their difference, and their logarithms
-        raise ValueError(
-            f"model.attention.rope.{least}={getattr(rope, least)} is not above 0 and below "
-            f"model.attention.rope.{most}={getattr(rope, most)}; the nearest legal values are "
-            f"{getattr(RopeConfig, least)} and {getattr(RopeConfig, most)}"
-        )
+    bounds = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+    if rope.scaling in bounds:
+        least, most = bounds[rope.scaling]
+        low, high = getattr(rope, least), getattr(rope, most)
+        if not 0 < low < high:  # divided by their difference, and their logarithms
+            raise ValueError(
+                f"model.attention.rope.{least}={low} is not above 0 and below model.attention.rope.{most}={high}; "
+                f"the nearest legal values are {getattr(RopeConfig, least)} and {getattr(RopeConfig, most)}"
+            )
 
 
 def _check_mla(attention: AttentionConfig) -> None:

@@ -82,7 +82,7 @@ class CopyEngineDispatch:
             for rank in range(memory.size)
             for name, region in placed.items()
         }
-        self.cuts: dict[tuple[int, int], list[Segment]] = {}
+        self.known: dict[tuple[int, int], list[Segment]] = {}  # by rank and parts, of `shape.tokens` a rank
         self.peers = [(memory.rank + 1 + i) % memory.size for i in range(memory.size - 1)]
         self.leg = 0
 
@@ -107,9 +107,9 @@ class CopyEngineDispatch:
         """How `rank` cuts its peers' rows, `most` each, into `parts`."""
         if most != self.shape.tokens:  # differs from step to step
             return segments(rank, self.memory.size, most, parts)
-        if (rank, parts) not in self.cuts:
-            self.cuts[rank, parts] = segments(rank, self.memory.size, self.shape.tokens, parts)
-        return self.cuts[rank, parts]
+        if (rank, parts) not in self.known:
+            self.known[rank, parts] = segments(rank, self.memory.size, self.shape.tokens, parts)
+        return self.known[rank, parts]
 
     def out_flag(self, source: int) -> int:
         """Of the flags that `source` posts."""
