@@ -5,7 +5,8 @@
 Prints per shape and routing: milliseconds (median of device events over rotated inputs, sort included), the fraction of
 the limit that is reached, MiB held from forward to backward (without x and y), peak MiB above what was allocated
 before, and the largest relative L2 error of y, dx, dgate, and the weight gradients against fp64. The limit is the dense
-cuBLAS matmuls of the same FLOPs, timed in the same run. Peers that are not installed are printed as absent.
+cuBLAS matmuls of the same FLOPs; it and the layer take turns (turns.py). Peers that are not installed are printed as
+absent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import backends
 import torch
 import triton
 from moetrain_kernels import reference
-from shapes import SHAPES, Shape, dense_limit_ms, median_ms, tokens, weights
+from shapes import SHAPES, Shape, dense_matmuls, tokens, weights
+from turns import in_turn
 
 MIB = 2**20
 
@@ -79,8 +81,8 @@ def worst_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 
 def measure(shape: Shape, zipf: float, names: list[str], check: bool, with_profile: bool) -> None:
     """Print the rows of one shape and routing."""
-    limit = dense_limit_ms(shape)["all"]
-    print(f"\n{shape}  zipf {zipf}  dense limit {limit:.3f} ms", flush=True)
+    matmuls = list(dense_matmuls(shape).values())
+    print(f"\n{shape}  zipf {zipf}", flush=True)
     w = tuple(t.requires_grad_() for t in weights(shape))
     sets = [tokens(shape, zipf) for _ in range(3)]
     for x, _, gate, _ in sets:
@@ -104,12 +106,17 @@ def measure(shape: Shape, zipf: float, names: list[str], check: bool, with_profi
                 error = worst_error([y, dx, dgate, *backend.unpack(*dw)], want)
                 del y, dx, dgate, dw
             held, peak = memory(layer, sets[1], packed)
-            ms = median_ms(lambda i, layer=layer, packed=packed: step(layer, sets[i % 3], packed))
+            limit, ms = in_turn(
+                [
+                    lambda i: [matmul(i) for matmul in matmuls],
+                    lambda i, layer=layer, packed=packed: step(layer, sets[i % 3], packed),
+                ]
+            )
         except Exception as problem:  # one backend that cannot run must not end the table
             print(f"  {name:22s} failed: {str(problem).splitlines()[0][:120]}", flush=True)
             continue
         print(
-            f"  {name:22s} {ms:8.3f} ms  {ms / limit:5.2f} x limit ({100 * limit / ms:3.0f}% of it)  "
+            f"  {name:22s} {ms:8.3f} / {limit:7.3f} ms = {ms / limit:6.3f} ({100 * limit / ms:3.0f}% of the limit)  "
             f"held {held:7.0f} MiB  peak {peak:7.0f} MiB  "
             f"error {error:.1e}",
             flush=True,

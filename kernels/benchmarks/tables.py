@@ -2,9 +2,8 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/tables.py [--shapes olmoe ...] [--tables chosen hopper ...] [--zipf 0]
 
-A hot GPU runs 5 to 10% slower than a cold one, so a limit timed before the layer misjudges it; here every layer step
-follows a limit step, and all tables take turns. Prints the ratios, and per kernel its device milliseconds inside a
-step.
+A limit timed before the layer, on a cooler GPU, would misjudge it; here every layer step follows a limit step, and all
+tables take turns (turns.py). Prints the ratios, and per kernel its device milliseconds inside a step.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 from experts import step
 from moetrain_kernels import compile_check, configs, experts, moe_experts, plan
 from shapes import SHAPES, Shape, dense_matmuls, tokens, weights
+from turns import in_turn
 
 LAUNCHES = {  # of each kernel within a step, in the order in which they start
     "histogram_kernel": ["histogram"],
@@ -72,21 +72,6 @@ def precompile(job: tuple[Shape, str]) -> None:
         rows = plan.sort_rows(expert_TK, shape.E, config.block_m)
         _, h_R2F = experts.forward(x_TD, rows, gate_TK, *w, config)
         experts.backward(x_TD, x_TD, rows, gate_TK, w, h_R2F, config, (True, True, True))
-
-
-def in_turn(runs: list[Callable[[int], object]], repeats: int = 12) -> list[float]:
-    """Median milliseconds of each, one of each in turn."""
-    for i in range(3):
-        for run in runs:
-            run(i)
-    events = [[(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(repeats)] for _ in runs]
-    for i in range(repeats):
-        for run, pairs in zip(runs, events):
-            pairs[i][0].record()
-            run(i)
-            pairs[i][1].record()
-    torch.cuda.synchronize()
-    return [statistics.median(start.elapsed_time(end) for start, end in pairs) for pairs in events]
 
 
 def kernel_ms(run: Callable[[int], object], repeats: int = 6) -> dict[str, float]:
