@@ -64,13 +64,13 @@ def _produce(
         n, expert, row, end = locate(tile, num_m, tiles_M3, N_TILES, GROUP)
         tell(box, told, heard, round, n, row, end)
         following = tile + P
-        at = gathered(dy_ptr, slot_R, row, end, D, K, BK)
+        at, used = gathered(dy_ptr, slot_R, row, end, D, K, BK)
         for k in range(D // BK):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
             mbarrier.expect(ready, BN * BK * 2)
             tma.async_copy_global_to_shared(w_desc, [expert * D + k * BK, n * BN], ready, w_ring.index(stage))
-            async_copy.async_copy_global_to_shared(dy_ring.index(stage), at + k * BK)
+            async_copy.async_copy_global_to_shared(dy_ring.index(stage), at + k * BK, used)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
             if k == D // BK // 2:  # the ring is full by now, which hides the counter's latency

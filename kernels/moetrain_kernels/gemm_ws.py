@@ -78,7 +78,7 @@ def _produce(
         tell(box, told, heard, round, n, row, end)
         following = tile + P
         if UP:
-            at = gathered(a_ptr, slot_R, row, end, C, K, BK)
+            at, used = gathered(a_ptr, slot_R, row, end, C, K, BK)
         for k in range(K_TILES):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
@@ -92,7 +92,7 @@ def _produce(
             else:
                 tma.async_copy_global_to_shared(w_desc, [expert * C + k * BK, n * BN], ready, w_ring.index(stage))
             if UP:
-                async_copy.async_copy_global_to_shared(a_ring.index(stage), at + k * BK)
+                async_copy.async_copy_global_to_shared(a_ring.index(stage), at + k * BK, used)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
             else:
                 tma.async_copy_global_to_shared(a_desc, [row, k * BK], ready, a_ring.index(stage))

@@ -102,12 +102,16 @@ def take(counter, tiles, P: gl.constexpr):
 
 @gluon.jit
 def gathered(ptr, slot_R, row, end, C: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
-    """Addresses of the first BK columns of a row tile's tokens, `ptr` being [T, C]; from row `end` on, of token 0."""
+    """Addresses of the first BK columns of a row tile's tokens, `ptr` being [T, C], and which rows are below `end`.
+
+    Others must not be loaded: all of them are one token's, whose memory would serve every multiprocessor at once.
+    """
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BK // 8), BK // 8], [gl.num_warps(), 1], [1, 0])
     rows = row + gl.arange(0, 2 * HALF, layout=gl.SliceLayout(1, LOAD))
-    token = gl.load(slot_R + rows, mask=rows < end, other=0) // K
+    used = rows < end
+    token = gl.load(slot_R + rows, mask=used, other=0) // K
     cols = gl.arange(0, BK, layout=gl.SliceLayout(0, LOAD))
-    return ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
+    return ptr + token.to(gl.int64)[:, None] * C + cols[None, :], used[:, None]
 
 
 @gluon.jit
