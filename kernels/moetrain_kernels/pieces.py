@@ -46,7 +46,12 @@ class ExpertPieces:
     wanted: which of x, gate, w_gate_up, w_down will be asked for a gradient; None if there will be no backward pass.
     Pieces are numbered in the order of `start`. A second half may come at any time after its first; gradients start
     when every forward half is done, those of weights come when all pieces' have started. All once.
+
+    beside: first halves of odd pieces may run on a stream beside that of even ones (which waits for all work before the
+    first, and is waited for before any second half): memory of theirs is taken there, or before the first half.
     """
+
+    beside = True
 
     def __init__(
         self, w_gate_up_E2FD: torch.Tensor, w_down_EDF: torch.Tensor, wanted: tuple[bool, bool, bool, bool] | None

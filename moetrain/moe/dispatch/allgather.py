@@ -45,7 +45,7 @@ class AllGatherDispatch:
 
 
 class _Trip:
-    first_stays = False
+    first_stays = ahead = False
 
     def __init__(self, group: dist.ProcessGroup, tokens: int, padded: int, pieces: int) -> None:
         self.group, self.tokens, self.missing, self.pieces = group, tokens, padded - tokens, pieces

@@ -76,10 +76,12 @@ class Trip(Protocol):
 
     pieces: calls of the experts, the same number on every rank; the first should need no waiting.
     first_stays: the first one's rows do not travel: it is begun first, given last, and worked on beside both ways.
+    ahead: rows arrive beside computation, however long it is: all pieces are begun before any is finished.
     """
 
     pieces: int
     first_stays: bool
+    ahead: bool
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> Leg:
         """Send every token's row to all ranks that hold any of its experts. Labels are small and travel along; they

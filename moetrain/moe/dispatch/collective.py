@@ -90,6 +90,8 @@ class AllToAllTrip:
     padded: some rows may be empty. fp8: on the way out hidden states of others are 8-bit floats.
     """
 
+    ahead = False
+
     def __init__(
         self, group: dist.ProcessGroup, parts: list[Part], row_TR: Tensor, padded: bool = False, fp8: bool = False
     ) -> None:

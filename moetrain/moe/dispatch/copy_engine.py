@@ -125,7 +125,7 @@ class _Trip:
 
     def __init__(self, dispatch: CopyEngineDispatch, tokens: int, chunks: int, most: int) -> None:
         self.dispatch, self.tokens, self.most = dispatch, tokens, most
-        self.pieces, self.first_stays = max(chunks, 2), True
+        self.pieces, self.first_stays, self.ahead = max(chunks, 2), True, True
         self.parts = self.pieces - 1  # of the peers' rows
 
     def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
@@ -228,8 +228,9 @@ class _Leg:
             for given, home in self._places(name, piece - 1):
                 if home.data_ptr() != sums[given].data_ptr():
                     home.copy_(sums[given])
+        self.memory.after(self.memory.mark(), NUMBERS)  # from there a flag holds up nothing; here, the next kernel
         for seg in (seg for seg in self.mine if seg.part == piece - 1):
-            self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number)
+            self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number, NUMBERS)
         self._fetch_home(piece - 1)
 
     def _fetch_home(self, part: int) -> None:

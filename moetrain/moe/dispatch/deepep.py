@@ -38,7 +38,7 @@ class DeepEPDispatch:
 
 
 class _Trip:
-    pieces, first_stays = 1, False
+    pieces, first_stays, ahead = 1, False, False
 
     def __init__(self, dispatch: DeepEPDispatch) -> None:
         self.dispatch, self.handle = dispatch, None  # DeepEP's own, from the first leg on

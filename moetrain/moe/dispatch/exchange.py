@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,21 +62,45 @@ class _Job:
         return self.training and (self.kept is None or self.kept.work is not None)
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _begin(pieces: int, beside: bool, device: torch.device, start: Callable[[int], None]) -> None:
+    """First halves, every second one on a stream beside if they may: a piece's kernels then fill the multiprocessors
+    that the last round of the piece before leaves, instead of waiting for its end."""
+    side = _side_stream(device) if beside and device.type == "cuda" and pieces > 1 else None
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream(device))
+    for piece in range(pieces):
+        with nullcontext() if side is None or piece % 2 == 0 else torch.cuda.stream(side):
+            start(piece)
+    if side is not None:
+        torch.cuda.current_stream(device).wait_stream(side)
+
+
 def _in_turn(
-    trip: Trip, start: Callable[[int], None], finish: Callable[[int], None], beside: Callable[[], None] | None = None
+    trip: Trip,
+    work: Pieces,
+    device: torch.device,
+    start: Callable[[int], None],
+    finish: Callable[[int], None],
+    last: Callable[[], None] | None = None,
 ) -> None:
     """Both halves of every piece's work. One whose rows stay here is begun first and finished last.
 
-    beside: what else there is to do while the last rows travel.
+    last: what else there is to do while the last rows travel.
     """
     stays = int(trip.first_stays and trip.pieces > 1)
-    for piece in range(stays):
-        start(piece)
+    begun = trip.pieces if trip.ahead else stays
+    _begin(begun, work.beside, device, start)
     for piece in range(stays, trip.pieces):
-        start(piece)
+        if piece >= begun:
+            start(piece)
         finish(piece)
-    if beside is not None:
-        beside()
+    if last is not None:
+        last()
     for piece in range(stays):
         finish(piece)
 
@@ -102,7 +127,7 @@ class _Exchange(torch.autograd.Function):
             more = leg.rest() if piece == 0 else None
             leg.give(piece, work.finish(piece, leg.room(piece), more))
 
-        _in_turn(job.trip, start, finish)
+        _in_turn(job.trip, work, x_TD.device, start, finish)
         y_TD, _ = leg.collect()
         ctx.job, ctx.gate_dtype = job, gate_TK.dtype
         ctx.save_for_backward(gate_TK)  # asked for, it has a recomputed pass run
@@ -131,11 +156,11 @@ class _Exchange(torch.autograd.Function):
 
         def start(piece: int) -> None:
             # Weight gradients hide the last rows' way home, so what stays may hide the first ones' way here whole.
-            stays = piece == 0 and job.trip.first_stays and job.trip.pieces > 1
-            work.start_gradients(piece, leg.arrive(piece)[0], stays)
+            far = job.trip.pieces > 1 and (job.trip.ahead or (piece == 0 and job.trip.first_stays))
+            work.start_gradients(piece, leg.arrive(piece)[0], far)
 
         dw: list[Tensor | None] = []
-        _in_turn(job.trip, start, finish, lambda: dw.extend(work.weight_gradients()))
+        _in_turn(job.trip, work, grads[0].device, start, finish, lambda: dw.extend(work.weight_gradients()))
         dx_TD, dgate_TK = leg.collect()
         if dgate_TK is not None:
             dgate_TK = dgate_TK.to(ctx.gate_dtype)

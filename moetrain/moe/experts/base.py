@@ -36,7 +36,12 @@ class Pieces(Protocol):
 
     A piece's work has two halves, so that what travels can travel beside either; the second comes any time after the
     first. Pieces are numbered as they are started, all forward before the first backward. Each is asked for once.
+
+    beside: first halves of odd pieces may run on another stream than those of even ones, which waits for all work
+    before the first and is waited for before any second half.
     """
+
+    beside: bool
 
     def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int) -> None:
         """The first half of the next piece. Experts are whole numbers of any dtype, counted from `base`."""

@@ -18,6 +18,8 @@ def divide(backend: ExpertBackend, weights: Weights, wanted: Wanted | None) -> P
 class CallPieces:
     """One call of the backend a piece, each with its own graph. First halves do everything; gradients are added up."""
 
+    beside = False
+
     def __init__(self, backend: ExpertBackend, weights: Weights, wanted: Wanted | None) -> None:
         self.backend, self.weights, self.wanted = backend, weights, wanted
         self.made: list[Tensor | None] = []
