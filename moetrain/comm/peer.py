@@ -34,7 +34,8 @@ class PeerMemory(Protocol):
     def copy(self, to: Tensor, source: Tensor, lane: int | None) -> None:
         """source, here or in a peer's memory, into `to`. Both contiguous, of the same shape and dtype."""
 
-    def fill(self, to: Tensor, value: float, lane: int | None) -> None: ...
+    def write(self, to: Tensor, source: Tensor | float, lane: int | None) -> None:
+        """A number or a tensor here, of any dtype and layout, into `to` of this rank, by a kernel."""
 
     def post(self, rank: int, flag: int, value: int, lane: int | None = None) -> None:
         """Set a flag of `rank` once all work before is done and visible to peers."""
@@ -81,9 +82,9 @@ class SymmetricMemory:
         if to.numel():
             self._driver.copy(self._queue(lane), to.data_ptr(), source.data_ptr(), to.numel() * to.element_size())
 
-    def fill(self, to: Tensor, value: float, lane: int | None) -> None:
+    def write(self, to: Tensor, source: Tensor | float, lane: int | None) -> None:
         with torch.cuda.stream(self._stream(lane)):
-            to.fill_(value)
+            _ = to.copy_(source) if isinstance(source, Tensor) else to.fill_(source)
 
     def post(self, rank: int, flag: int, value: int, lane: int | None = None) -> None:
         self._driver.write(self._queue(lane), self._address(rank, flag), value)

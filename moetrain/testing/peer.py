@@ -41,8 +41,8 @@ class FileMemory:
     def copy(self, to: Tensor, source: Tensor, lane: int | None) -> None:
         to.copy_(source)
 
-    def fill(self, to: Tensor, value: float, lane: int | None) -> None:
-        to.fill_(value)
+    def write(self, to: Tensor, source: Tensor | float, lane: int | None) -> None:
+        _ = to.copy_(source) if isinstance(source, Tensor) else to.fill_(source)
 
     def post(self, rank: int, flag: int, value: int, lane: int | None = None) -> None:
         self._shake()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from moetrain.comm.collectives import Moving
 from moetrain.comm.compat import all_gather_single, reduce_scatter_single
-from moetrain.moe.dispatch.base import ExchangeShape, Weights
+from moetrain.moe.dispatch.base import ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
+from moetrain.moe.dispatch.rows import labels, slots_of
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
@@ -50,8 +51,9 @@ class _Trip:
     def __init__(self, group: dist.ProcessGroup, tokens: int, padded: int, pieces: int) -> None:
         self.group, self.tokens, self.missing, self.pieces = group, tokens, padded - tokens, pieces
 
-    def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
+    def start(self, row_TD: Tensor, slots: Slots | None = None) -> _Leg:
         rows = F.pad(row_TD, (0, 0, 0, self.missing)) if self.missing else row_TD
+        label_TL = None if slots is None else labels(slots)
         if label_TL is not None and self.missing:
             label_TL = F.pad(label_TL, (0, 0, 0, self.missing), value=-1)
         return _Leg(self, rows.contiguous(), label_TL)
@@ -62,10 +64,10 @@ class _Leg:
 
     def __init__(self, trip: _Trip, row_TD: Tensor, label_TL: Tensor | None) -> None:
         self.trip = trip
-        labels = [None] * trip.pieces if label_TL is None else list(label_TL.tensor_split(trip.pieces))
+        parts = [None] * trip.pieces if label_TL is None else list(label_TL.tensor_split(trip.pieces))
         self.coming = [
             (None if label is None else self._gather(label), self._gather(rows))
-            for label, rows in zip(labels, row_TD.tensor_split(trip.pieces))
+            for label, rows in zip(parts, row_TD.tensor_split(trip.pieces))
         ]
         self.going: list[list[Moving]] = []
 
@@ -78,9 +80,9 @@ class _Leg:
         source = x.contiguous()
         return Moving(rows, reduce_scatter_single(rows, source, group=self.trip.group, async_op=True), source)
 
-    def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
+    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
         label, rows = self.coming[piece]
-        return rows.wait(), None if label is None else label.wait()
+        return rows.wait(), None if label is None else slots_of(label.wait())
 
     def room(self, piece: int) -> None:
         return None

@@ -1,6 +1,6 @@
 """What a dispatcher does: bring tokens to their experts and the weighted results back.
 
-Shape suffixes: T tokens here, M rows that came to this rank's experts, K expert slots per token, L = 2K labels.
+Shape suffixes: T tokens here, M rows that came to this rank's experts, K expert slots per token.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 Weights = tuple[Tensor, Tensor]  # w_gate_up_E2FD, w_down_EDF of this rank's experts
+Slots = tuple[Tensor, Tensor]  # of rows: experts (whole numbers of any dtype, negative for none), gates (fp32 or wider)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Leg(Protocol):
     Pieces arrive in their order; they are given in the same one, but for a first one that stays, which is last.
     """
 
-    def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
-        """The rows [M, D] and labels [M, L] of one piece that came to this rank, ready on the current stream."""
+    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
+        """The rows [M, D] of one piece that came to this rank, and their slots, ready on the current stream."""
 
     def room(self, piece: int) -> Tensor | None:
         """Memory in which rows that will be given are best made, if there is any; they may come from elsewhere."""
@@ -83,6 +84,6 @@ class Trip(Protocol):
     first_stays: bool
     ahead: bool
 
-    def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> Leg:
-        """Send every token's row to all ranks that hold any of its experts. Labels are small and travel along; they
-        arrive as -1 in rows that stand for no token."""
+    def start(self, row_TD: Tensor, slots: Slots | None = None) -> Leg:
+        """Send every token's row to all ranks that hold any of its experts, on the way out with its slots, of which
+        rows that stand for no token have none."""

@@ -13,10 +13,21 @@ from torch import Tensor
 
 from moetrain.comm.collectives import Moving, start_all_to_all
 from moetrain.comm.reading import Reading
-from moetrain.moe.dispatch.base import ExchangeShape, Weights
+from moetrain.moe.dispatch.base import ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
-from moetrain.moe.dispatch.rows import Part, cut, moved, padded, places, rows_of_tokens, tokens_at, wanted_by_rank
+from moetrain.moe.dispatch.rows import (
+    Part,
+    cut,
+    labels,
+    moved,
+    padded,
+    places,
+    rows_of_tokens,
+    slots_of,
+    tokens_at,
+    wanted_by_rank,
+)
 from moetrain.moe.dispatch.sums import sum_rows
 from moetrain.moe.dispatch.wire import check_wire, decode, encode
 from moetrain.moe.experts.base import ExpertBackend
@@ -100,8 +111,8 @@ class AllToAllTrip:
         sizes = [len(part.token_N) for part in parts]
         self.stretches = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(parts))]
 
-    def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
-        return _Leg(self, row_TD, label_TL)
+    def start(self, row_TD: Tensor, slots: Slots | None = None) -> _Leg:
+        return _Leg(self, row_TD, None if slots is None else labels(slots))
 
 
 class _Leg:
@@ -142,12 +153,12 @@ class _Leg:
             return Moving(x)
         return start_all_to_all(x, *part.counts, self.trip.group)
 
-    def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
+    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
         part = self.trip.parts[piece]
         *label, rows = [moving.wait() for moving in self.coming.pop(id(part))]
         if self.fp8 and part.counts is not None:
-            return self._decoded(part, rows, label[0]), label[0][:, :-1]
-        return rows, label[0] if label else None
+            return self._decoded(part, rows, label[0]), slots_of(label[0][:, :-1])
+        return rows, slots_of(label[0]) if label else None
 
     def _decoded(self, part: Part, byte_ND: Tensor, label_NL: Tensor) -> Tensor:
         """What came, and of this rank's own rows what they were: no result depends on the number of pieces."""

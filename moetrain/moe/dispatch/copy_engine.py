@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.peer import LANES, PeerMemory, SymmetricMemory, unreachable
-from moetrain.moe.dispatch.base import ExchangeShape, Weights
+from moetrain.moe.dispatch.base import ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.dispatch.segments import Segment, cuts, segments
@@ -35,7 +35,7 @@ from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 MOST_PARTS = 32  # that have a flag each
-ROWS, NUMBERS = range(LANES)  # labels and gates beside rows: a short copy costs as much time between copies as itself
+ROWS, NUMBERS = range(LANES)  # slots and flags beside rows: a short copy costs as much time between copies as itself
 ALIGN = 512
 
 
@@ -54,7 +54,8 @@ def regions(shape: ExchangeShape, ranks: int) -> tuple[dict[str, Region], int]:
     wide = torch.promote_types(shape.dtype, torch.float32)
     wanted = {
         "out_rows": ((shape.tokens, shape.d_model), shape.dtype),
-        "out_labels": ((shape.tokens, 2 * shape.top_k), wide),
+        "out_experts": ((shape.tokens, shape.top_k), torch.int32),
+        "out_gates": ((shape.tokens, shape.top_k), wide),
         "home_rows": ((ranks - 1, shape.tokens, shape.d_model), shape.dtype),
         "home_gates": ((ranks - 1, shape.tokens, shape.top_k), wide),
     }
@@ -128,26 +129,30 @@ class _Trip:
         self.pieces, self.first_stays, self.ahead = max(chunks, 2), True, True
         self.parts = self.pieces - 1  # of the peers' rows
 
-    def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
-        return _Leg(self, row_TD, label_TL)
+    def start(self, row_TD: Tensor, slots: Slots | None = None) -> _Leg:
+        return _Leg(self, row_TD, slots)
 
 
 class _Leg:
-    def __init__(self, trip: _Trip, row_TD: Tensor, label_TL: Tensor | None) -> None:
+    def __init__(self, trip: _Trip, row_TD: Tensor, slots: Slots | None) -> None:
         self.trip, self.dispatch, self.memory = trip, trip.dispatch, trip.dispatch.memory
         self.dispatch.leg += 1
         self.number = self.dispatch.leg
-        self.row_TD, self.label_TL = row_TD.contiguous(), None if label_TL is None else label_TL.contiguous()
+        self.row_TD, self.slots = row_TD.contiguous(), slots
         self.own: tuple[Tensor, Tensor | None] | None = None
         shape, ranks = self.dispatch.shape, self.memory.size
         most = trip.most
         self.row_MD = row_TD.new_empty((ranks - 1) * most, shape.d_model)
-        self.label_ML = None if label_TL is None else label_TL.new_empty((ranks - 1) * most, label_TL.shape[1])
+        self.expert_MK: Tensor | None = None
+        self.gate_MK: Tensor | None = None
         self.home_RTD = row_TD.new_empty(ranks - 1, most, shape.d_model)
         self.home_RTK: Tensor | None = None
-        if label_TL is None:  # gradients, with those of gates
-            gates = self.dispatch.buffer(self.memory.rank, "home_gates")
+        gates = self.dispatch.buffer(self.memory.rank, "out_gates")
+        if slots is None:  # gradients, with those of gates
             self.home_RTK = gates.new_empty(ranks - 1, most, shape.top_k)
+        else:
+            self.gate_MK = gates.new_empty((ranks - 1) * most, shape.top_k)
+            self.expert_MK = torch.empty_like(self.gate_MK, dtype=torch.int32)
         self.cuts = cuts(ranks, most, trip.parts)
         self.mine = self.dispatch.segments(self.memory.rank, trip.parts, most)
         for lane in range(LANES):  # where copies land is free: its former users are done
@@ -162,18 +167,23 @@ class _Leg:
         Tokens go beside the sort of the own ones. Gradients go before their first use: a copy inside a GPU takes
         multiprocessors, and would wait for the kernel that takes them all, and the peers with it.
         """
-        rank, tokens = self.memory.rank, self.trip.tokens
-        lane = None if self.label_TL is None else ROWS
-        for name, source, empty in (("out_rows", self.row_TD, 0), ("out_labels", self.label_TL, -1)):
-            if source is not None:
-                target = self.dispatch.buffer(rank, name)[: self.trip.most]
-                self.memory.copy(target[:tokens], source, lane)
-                if tokens < len(target):
-                    self.memory.fill(target[tokens:], empty, lane)
-        if lane is None:
-            self.memory.after(self.memory.mark(), ROWS)
+        tokens, lane = self.trip.tokens, None if self.slots is None else ROWS
+        rows, experts, gates = (
+            self.dispatch.buffer(self.memory.rank, name)[: self.trip.most]
+            for name in ("out_rows", "out_experts", "out_gates")
+        )
+        self.memory.copy(rows[:tokens], self.row_TD, lane)
+        missing = [(rows, 0, lane)]
+        if self.slots is not None:
+            self.memory.write(experts[:tokens], self.slots[0], NUMBERS)
+            self.memory.write(gates[:tokens], self.slots[1], NUMBERS)
+            missing += [(experts, -1, NUMBERS), (gates, 0, NUMBERS)]
+        if tokens < len(rows):
+            for target, empty, beside in missing:
+                self.memory.write(target[tokens:], empty, beside)
+        self.memory.after(self.memory.mark(None if self.slots is None else NUMBERS), ROWS)
         for peer in self.dispatch.peers:
-            self.memory.post(peer, self.dispatch.out_flag(rank), self.number, ROWS)
+            self.memory.post(peer, self.dispatch.out_flag(self.memory.rank), self.number, ROWS)
 
     def _fetch(self) -> list[list[Any]]:
         """Peers' rows, part by part, and a mark of every lane behind each."""
@@ -181,7 +191,11 @@ class _Leg:
         for part in range(self.trip.parts):
             for seg in (seg for seg in self.mine if seg.part == part):
                 landing, taken = slice(position, position + seg.stop - seg.start), slice(seg.start, seg.stop)
-                for name, into, lane in (("out_rows", self.row_MD, ROWS), ("out_labels", self.label_ML, NUMBERS)):
+                for name, into, lane in (
+                    ("out_rows", self.row_MD, ROWS),
+                    ("out_experts", self.expert_MK, NUMBERS),
+                    ("out_gates", self.gate_MK, NUMBERS),
+                ):
                     if into is not None:
                         self.memory.wait(self.dispatch.out_flag(seg.source), self.number, lane)
                         self.memory.copy(into[landing], self.dispatch.buffer(seg.source, name)[taken], lane)
@@ -189,13 +203,15 @@ class _Leg:
             arrived.append([self.memory.mark(lane) for lane in range(LANES)])
         return arrived
 
-    def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
+    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
         if piece == 0:
-            return self.row_TD, self.label_TL
+            return self.row_TD, self.slots
         for mark in self.arrived[piece - 1]:
             self.memory.after(mark)
         rows = self.cuts[piece - 1]
-        return self.row_MD[rows], None if self.label_ML is None else self.label_ML[rows]
+        if self.expert_MK is None or self.gate_MK is None:
+            return self.row_MD[rows], None
+        return self.row_MD[rows], (self.expert_MK[rows], self.gate_MK[rows])
 
     def room(self, piece: int) -> Tensor | None:
         """Where a part of the peers' rows goes home from, if that is one stretch of memory; own rows go nowhere."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.moe.dispatch import collective
-from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape, Weights
+from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.experts.reference import ReferenceExperts
@@ -43,29 +43,29 @@ class _Trip:
     def __init__(self, dispatch: DeepEPDispatch) -> None:
         self.dispatch, self.handle = dispatch, None  # DeepEP's own, from the first leg on
 
-    def start(self, row_TD: Tensor, label_TL: Tensor | None = None) -> _Leg:
-        return _Leg(self, row_TD.contiguous(), label_TL)
+    def start(self, row_TD: Tensor, slots: Slots | None = None) -> _Leg:
+        return _Leg(self, row_TD.contiguous(), slots)
 
 
 class _Leg:
-    def __init__(self, trip: _Trip, row_TD: Tensor, label_TL: Tensor | None) -> None:
+    def __init__(self, trip: _Trip, row_TD: Tensor, slots: Slots | None) -> None:
         self.trip, buffer = trip, trip.dispatch.buffer
-        self.label_ML: Tensor | None = None
-        if label_TL is None:
+        self.slots: Slots | None = None
+        if slots is None:
             self.row_MD = buffer.dispatch(row_TD, handle=trip.handle)[0]
             return
-        expert_TK, gate_TK = (half.contiguous() for half in label_TL.float().chunk(2, dim=1))
-        layout = buffer.get_dispatch_layout(expert_TK.long(), trip.dispatch.n_experts)
+        expert_TK, gate_TK = slots[0].long().contiguous(), slots[1].float().contiguous()
+        layout = buffer.get_dispatch_layout(expert_TK, trip.dispatch.n_experts)
         to_rank_R, to_node, to_expert_E, wanted_TR, _ = layout
         counts = {"num_tokens_per_rank": to_rank_R, "num_tokens_per_rdma_rank": to_node}
         counts |= {"num_tokens_per_expert": to_expert_E, "is_token_in_rank": wanted_TR}
-        came = buffer.dispatch(row_TD, topk_idx=expert_TK.long(), topk_weights=gate_TK, **counts)
+        came = buffer.dispatch(row_TD, topk_idx=expert_TK, topk_weights=gate_TK, **counts)
         self.row_MD, slot_MK, gate_MK, _, trip.handle, _ = came
         expert_MK = torch.where(slot_MK >= 0, slot_MK + trip.dispatch.first_expert, -1)  # it numbers a rank's from 0
-        self.label_ML = torch.cat([expert_MK.float(), gate_MK], dim=1)
+        self.slots = expert_MK, gate_MK
 
-    def arrive(self, piece: int) -> tuple[Tensor, Tensor | None]:
-        return self.row_MD, self.label_ML
+    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
+        return self.row_MD, self.slots
 
     def room(self, piece: int) -> None:
         return None

@@ -9,10 +9,8 @@ transport's (`base.Trip`), computation the backend's (`experts/base.Pieces`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from moetrain.comm.compat import graph_is_kept
 from moetrain.moe.balance.base import kept_graph
 from moetrain.moe.dispatch.base import Trip, Weights
+from moetrain.moe.dispatch.schedule import in_turn
 from moetrain.moe.experts.base import ExpertBackend, Pieces
 from moetrain.moe.experts.pieces import divide
 from moetrain.moe.kept import Kept
@@ -62,49 +61,6 @@ class _Job:
         return self.training and (self.kept is None or self.kept.work is not None)
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
-
-
-def _begin(pieces: int, beside: bool, device: torch.device, start: Callable[[int], None]) -> None:
-    """First halves, every second one on a stream beside if they may: a piece's kernels then fill the multiprocessors
-    that the last round of the piece before leaves, instead of waiting for its end."""
-    side = _side_stream(device) if beside and device.type == "cuda" and pieces > 1 else None
-    if side is not None:
-        side.wait_stream(torch.cuda.current_stream(device))
-    for piece in range(pieces):
-        with nullcontext() if side is None or piece % 2 == 0 else torch.cuda.stream(side):
-            start(piece)
-    if side is not None:
-        torch.cuda.current_stream(device).wait_stream(side)
-
-
-def _in_turn(
-    trip: Trip,
-    work: Pieces,
-    device: torch.device,
-    start: Callable[[int], None],
-    finish: Callable[[int], None],
-    last: Callable[[], None] | None = None,
-) -> None:
-    """Both halves of every piece's work. One whose rows stay here is begun first and finished last.
-
-    last: what else there is to do while the last rows travel.
-    """
-    stays = int(trip.first_stays and trip.pieces > 1)
-    begun = trip.pieces if trip.ahead else stays
-    _begin(begun, work.beside, device, start)
-    for piece in range(stays, trip.pieces):
-        if piece >= begun:
-            start(piece)
-        finish(piece)
-    if last is not None:
-        last()
-    for piece in range(stays):
-        finish(piece)
-
-
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -113,21 +69,20 @@ class _Exchange(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grads = (wanted[0], wanted[1], wanted[3], wanted[4])
         work = divide(job.experts, (w_gate_up, w_down), grads if job.with_graphs else None)
-        wide = torch.promote_types(gate_TK.dtype, torch.float32)  # which counts experts exactly
-        leg = job.trip.start(x_TD, torch.cat([expert_TK.to(wide), gate_TK.to(wide)], dim=1))
+        wide = torch.promote_types(gate_TK.dtype, torch.float32)
+        leg = job.trip.start(x_TD, (expert_TK, gate_TK.to(wide)))
 
         def start(piece: int) -> None:
-            x_MD, label_ML = leg.arrive(piece)
-            assert label_ML is not None
-            expert_MK, gate_MK = label_ML.chunk(2, dim=1)
+            x_MD, slots = leg.arrive(piece)
+            assert slots is not None
             with kept_graph() if job.kept else nullcontext():
-                work.start(x_MD, expert_MK, gate_MK, job.first_expert)
+                work.start(x_MD, *slots, job.first_expert)
 
         def finish(piece: int) -> None:
             more = leg.rest() if piece == 0 else None
             leg.give(piece, work.finish(piece, leg.room(piece), more))
 
-        _in_turn(job.trip, work, x_TD.device, start, finish)
+        in_turn(job.trip, work, x_TD.device, 1, start, finish)
         y_TD, _ = leg.collect()
         ctx.job, ctx.gate_dtype = job, gate_TK.dtype
         ctx.save_for_backward(gate_TK)  # asked for, it has a recomputed pass run
@@ -155,12 +110,13 @@ class _Exchange(torch.autograd.Function):
             leg.give(piece, dx_MD, dgate_MK)
 
         def start(piece: int) -> None:
-            # Weight gradients hide the last rows' way home, so what stays may hide the first ones' way here whole.
-            far = job.trip.pieces > 1 and (job.trip.ahead or (piece == 0 and job.trip.first_stays))
+            far = job.trip.ahead or (piece == 0 and job.trip.first_stays and job.trip.pieces > 1)
             work.start_gradients(piece, leg.arrive(piece)[0], far)
 
+        # Weight gradients hide the last rows' way home, so all else may hide their way here.
         dw: list[Tensor | None] = []
-        _in_turn(job.trip, work, grads[0].device, start, finish, lambda: dw.extend(work.weight_gradients()))
+        ahead, device = job.trip.pieces, grads[0].device
+        in_turn(job.trip, work, device, ahead, start, finish, lambda: dw.extend(work.weight_gradients()))
         dx_TD, dgate_TK = leg.collect()
         if dgate_TK is not None:
             dgate_TK = dgate_TK.to(ctx.gate_dtype)

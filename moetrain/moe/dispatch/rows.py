@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moetrain.moe.dispatch.base import Slots
+
 
 @dataclass(frozen=True)
 class Part:
@@ -15,6 +17,17 @@ class Part:
 
     token_N: Tensor
     counts: tuple[list[int], list[int]] | None
+
+
+def labels(slots: Slots) -> Tensor:
+    """[T, 2K]: slots as one tensor that travels beside rows, experts as numbers of the gates' dtype."""
+    return torch.cat([slots[0].to(slots[1].dtype), slots[1]], dim=1)
+
+
+def slots_of(label_ML: Tensor) -> Slots:
+    """What `labels` was given."""
+    expert_MK, gate_MK = label_ML.chunk(2, dim=1)
+    return expert_MK, gate_MK
 
 
 def wanted_by_rank(expert_TK: Tensor, local_experts: int, ranks: int) -> Tensor:

@@ -131,9 +131,9 @@ def lanes(directory):
     memory = Noted(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
     dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", 2, (), dist.group.WORLD))
     trip, rows, found = copy_engine._Trip(dispatcher, MOST, 2, MOST), torch.zeros(MOST, D).double(), []
-    for labels in (torch.zeros(MOST, 2 * K).double(), None):
+    for slots in ((torch.zeros(MOST, K).long(), torch.zeros(MOST, K).double()), None):
         memory.lanes = []
-        copy_engine._Leg(trip, rows, labels)
+        copy_engine._Leg(trip, rows, slots)
         found.append(memory.lanes)
         dist.barrier()
     return found
@@ -142,7 +142,7 @@ def lanes(directory):
 def test_gradients_are_put_out_before_kernels_that_leave_no_room(tmp_path):
     """On a GPU a copy inside it needs multiprocessors: beside the experts' first half it came after that."""
     rows, numbers = copy_engine.ROWS, copy_engine.NUMBERS
-    tokens = [rows, rows] + [rows, numbers] * (WORLD - 1)
+    tokens = [rows] + [rows, numbers, numbers] * (WORLD - 1)
     assert run_ranks(lanes, WORLD, tmp_path) == [[tokens, [None] + [rows] * (WORLD - 1)]] * WORLD
 
 
