@@ -244,9 +244,8 @@ class _Leg:
             for given, home in self._places(name, piece - 1):
                 if home.data_ptr() != sums[given].data_ptr():
                     home.copy_(sums[given])
-        self.memory.after(self.memory.mark(), NUMBERS)  # from there a flag holds up nothing; here, the next kernel
         for seg in (seg for seg in self.mine if seg.part == piece - 1):
-            self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number, NUMBERS)
+            self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number)
         self._fetch_home(piece - 1)
 
     def _fetch_home(self, part: int) -> None:
