@@ -7,8 +7,9 @@ are in docs/dispatch.md.
 One leg, with its number n. Buffers serve all layers and passes in turn; every leg of a model uses them alike.
     beside write rows into OUT (backward: here, and first); post "out of r = n" to every peer;
            for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
-    here   the experts' first half of the own rows; then a part of the peers' rows when its copies have arrived:
-           write the sums into HOME of their owners, post "home from r, part p = n" to them
+    here   the experts' first half of the own rows, then of each part of the peers' rows when its copies have arrived;
+           the second half of one part after the other: write the sums into HOME of their owners, post "home from r,
+           part p = n" to them
     beside for each part p, while the experts work on the next: wait for "home from s, part p >= n", copy it here
     here   the second half of the own rows while the last part travels, backward all weight gradients too; add up
 OUT is free for leg n + 1: every peer posted its last "home" of leg n after copying it, and this rank has waited for
@@ -35,7 +36,7 @@ from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 MOST_PARTS = 32  # that have a flag each
-ROWS, NUMBERS = range(LANES)  # slots and flags beside rows: a short copy costs as much time between copies as itself
+ROWS, NUMBERS = range(LANES)  # a short copy costs as much time between copies as itself
 ALIGN = 512
 
 
@@ -185,29 +186,29 @@ class _Leg:
         for peer in self.dispatch.peers:
             self.memory.post(peer, self.dispatch.out_flag(self.memory.rank), self.number, ROWS)
 
-    def _fetch(self) -> list[list[Any]]:
-        """Peers' rows, part by part, and a mark of every lane behind each."""
+    def _fetch(self) -> list[Any]:
+        """Peers' rows, part by part, and a mark behind each.
+
+        Slots come in front of their rows: from a lane of their own, for which there is no other copy engine, they came
+        behind the rows of the peer before.
+        """
         arrived, position = [], 0
+        wanted = {"out_experts": self.expert_MK, "out_gates": self.gate_MK, "out_rows": self.row_MD}
         for part in range(self.trip.parts):
             for seg in (seg for seg in self.mine if seg.part == part):
                 landing, taken = slice(position, position + seg.stop - seg.start), slice(seg.start, seg.stop)
-                for name, into, lane in (
-                    ("out_rows", self.row_MD, ROWS),
-                    ("out_experts", self.expert_MK, NUMBERS),
-                    ("out_gates", self.gate_MK, NUMBERS),
-                ):
+                self.memory.wait(self.dispatch.out_flag(seg.source), self.number, ROWS)
+                for name, into in wanted.items():
                     if into is not None:
-                        self.memory.wait(self.dispatch.out_flag(seg.source), self.number, lane)
-                        self.memory.copy(into[landing], self.dispatch.buffer(seg.source, name)[taken], lane)
+                        self.memory.copy(into[landing], self.dispatch.buffer(seg.source, name)[taken], ROWS)
                 position = landing.stop
-            arrived.append([self.memory.mark(lane) for lane in range(LANES)])
+            arrived.append(self.memory.mark(ROWS))
         return arrived
 
     def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
         if piece == 0:
             return self.row_TD, self.slots
-        for mark in self.arrived[piece - 1]:
-            self.memory.after(mark)
+        self.memory.after(self.arrived[piece - 1])
         rows = self.cuts[piece - 1]
         if self.expert_MK is None or self.gate_MK is None:
             return self.row_MD[rows], None

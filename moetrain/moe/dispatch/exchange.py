@@ -82,7 +82,7 @@ class _Exchange(torch.autograd.Function):
             more = leg.rest() if piece == 0 else None
             leg.give(piece, work.finish(piece, leg.room(piece), more))
 
-        in_turn(job.trip, work, x_TD.device, 1, start, finish)
+        in_turn(job.trip, work, x_TD.device, start, finish)
         y_TD, _ = leg.collect()
         ctx.job, ctx.gate_dtype = job, gate_TK.dtype
         ctx.save_for_backward(gate_TK)  # asked for, it has a recomputed pass run
@@ -110,13 +110,12 @@ class _Exchange(torch.autograd.Function):
             leg.give(piece, dx_MD, dgate_MK)
 
         def start(piece: int) -> None:
+            # Weight gradients hide the last rows' way home, so all else may hide the first ones' way here.
             far = job.trip.ahead or (piece == 0 and job.trip.first_stays and job.trip.pieces > 1)
             work.start_gradients(piece, leg.arrive(piece)[0], far)
 
-        # Weight gradients hide the last rows' way home, so all else may hide their way here.
         dw: list[Tensor | None] = []
-        ahead, device = job.trip.pieces, grads[0].device
-        in_turn(job.trip, work, device, ahead, start, finish, lambda: dw.extend(work.weight_gradients()))
+        in_turn(job.trip, work, grads[0].device, start, finish, lambda: dw.extend(work.weight_gradients()))
         dx_TD, dgate_TK = leg.collect()
         if dgate_TK is not None:
             dgate_TK = dgate_TK.to(ctx.gate_dtype)

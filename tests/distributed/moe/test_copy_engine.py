@@ -141,8 +141,8 @@ def lanes(directory):
 
 def test_gradients_are_put_out_before_kernels_that_leave_no_room(tmp_path):
     """On a GPU a copy inside it needs multiprocessors: beside the experts' first half it came after that."""
-    rows, numbers = copy_engine.ROWS, copy_engine.NUMBERS
-    tokens = [rows] + [rows, numbers, numbers] * (WORLD - 1)
+    rows = copy_engine.ROWS
+    tokens = [rows] + [rows, rows, rows] * (WORLD - 1)
     assert run_ranks(lanes, WORLD, tmp_path) == [[tokens, [None] + [rows] * (WORLD - 1)]] * WORLD
 
 
