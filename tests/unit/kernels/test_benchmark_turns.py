@@ -12,7 +12,7 @@ BENCHMARKS = str(Path(__file__).parents[3] / "kernels" / "benchmarks")
 
 
 def test_layers_take_turns_behind_enough_load(monkeypatch):
-    """Each gets its own median, of rotated inputs, and the device has been at work for 0.4 s when the first is timed."""
+    """Each gets its own median, of rotated inputs, and the device has been at work for 0.4 s before."""
     monkeypatch.setattr(sys, "path", [BENCHMARKS, *sys.path])
     turns = importlib.import_module("turns")
     clock, calls, timed = [0.0], [], []
