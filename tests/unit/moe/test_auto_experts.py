@@ -1,6 +1,7 @@
 """experts=auto with candidates that are wrong, slow, or broken: what is chosen, what is kept on disk and believed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from moetrain.moe.experts import auto, measure, remember
 from moetrain.moe.experts.auto import AutoExperts
 from moetrain.moe.experts.base import Undecided, Workload
 from moetrain.moe.experts.grouped_mm import GroupedMMExperts
+from moetrain.moe.experts.pieces import CallPieces
 from moetrain.moe.experts.reference import ReferenceExperts
 
 pytestmark = pytest.mark.unit
@@ -32,6 +34,38 @@ def not_a_number(x, expert, gate, w1, w2):
 
 def leaks_into_idle_experts(x, expert, gate, w1, w2):
     return REFERENCE(x, expert, gate, w1, w2) + 1e-12 * (w1.sum() + w2.sum())
+
+
+def wrong_with_many_tokens(x, expert, gate, w1, w2):
+    """As kernels may be that take other blocks for them."""
+    return REFERENCE(x, expert, gate, w1, w2) * (1 + (len(x) > 200))
+
+
+class InPieces(ReferenceExperts):
+    """Right in one call; in pieces, what they make of it."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def divide(self, weights, wanted):
+        return self.pieces(self, weights, wanted)
+
+
+class WrongFinish(CallPieces):
+    def finish(self, piece, out_MD=None, more=None):
+        return super().finish(piece, out_MD, more) * (1 + piece)
+
+
+class FirstPieceOnly(CallPieces):
+    """What a second piece adds to the weights' gradients is lost."""
+
+    def weight_gradients(self):
+        return self.first
+
+    def start_gradients(self, piece, dy_MD, far):
+        super().start_gradients(piece, dy_MD, far)
+        if piece == 0:
+            self.first = [t.clone() for t in self.dw]
 
 
 def broken(*_):
@@ -63,6 +97,21 @@ def test_a_wrong_candidate_is_neither_timed_nor_chosen(wrong, clock):
     assert name == "slow"
     assert clock == [REFERENCE]
     assert "fast refused" in line
+
+
+@pytest.mark.parametrize("wrong", [wrong_with_many_tokens, InPieces(WrongFinish), InPieces(FirstPieceOnly)])
+def test_a_candidate_that_is_wrong_in_a_run_only_is_not_chosen(wrong, clock):
+    """The check runs as many tokens as choose the run's kernels, and pieces as an exchange does."""
+    load = replace(LOAD, tokens=600)
+    name, line = AutoExperts({"fast": wrong, "slow": REFERENCE}).decide(load, CPU)
+    assert name == "slow"
+    assert "fast refused" in line
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 600])
+def test_a_right_candidate_passes_in_pieces(tokens, clock):
+    load = replace(LOAD, tokens=tokens, n_experts=4)  # all of them are here, so are the tokens
+    assert AutoExperts({"fast": InPieces(CallPieces), "slow": REFERENCE}).decide(load, CPU)[0] == "fast"
 
 
 def test_the_fastest_correct_one_is_chosen(clock):
