@@ -36,7 +36,7 @@ from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
 MOST_PARTS = 32  # that have a flag each
-ROWS, NUMBERS = range(LANES)  # a short copy costs as much time between copies as itself
+ROWS, NUMBERS = range(LANES)  # gates' gradients beside rows: a short copy takes as long again between copies
 ALIGN = 512
 
 
