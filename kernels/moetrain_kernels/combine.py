@@ -26,6 +26,7 @@ def combine_kernel(
     more_tokens,
     N: tl.constexpr,
     K: tl.constexpr,
+    K_POW2: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PARTS: tl.constexpr,
     MORE: tl.constexpr,
@@ -36,10 +37,21 @@ def combine_kernel(
     """out[t] = sum_k (gate[t, k]) y[row[t, k]], in the order of k. With PARTS, also dgate[t, k] = sum(part[row]).
 
     To both, sums that were made elsewhere are added: [MORE, more_tokens, N] and [MORE_GATES, more_tokens, K].
+    All stores stand behind all loads, because no load may be moved in front of a store.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at_slot = token[:, None] * K + tl.arange(0, K_POW2)[None, :]
+    slots = inside[:, None] & (tl.arange(0, K_POW2) < K)[None, :]
+    dgate = tl.zeros((TOKENS, K_POW2), tl.float32)
+    if PARTS > 0 and tl.program_id(1) == 0:
+        row = tl.load(row_S + at_slot, mask=slots, other=-1).to(tl.int64)
+        for p in tl.static_range(PARTS):
+            dgate += tl.load(part_ptr + row * PARTS + p, mask=row >= 0, other=0.0)
+        for p in tl.static_range(MORE_GATES):
+            at_more = more_gate_ptr + (p * more_tokens).to(tl.int64) * K + at_slot
+            dgate += tl.load(at_more, mask=slots, other=0.0).to(tl.float32)
     total = tl.zeros((TOKENS, BLOCK), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(row_S + token * K + k, mask=inside, other=-1).to(tl.int64)
@@ -51,14 +63,6 @@ def combine_kernel(
         if WEIGHTED:
             y *= tl.load(gate_S + token * K + k, mask=used, other=0.0).to(tl.float32)[:, None]
         total += y
-        if PARTS > 0 and tl.program_id(1) == 0:
-            dgate = tl.zeros((TOKENS,), tl.float32)
-            for p in tl.static_range(PARTS):
-                dgate += tl.load(part_ptr + row * PARTS + p, mask=used, other=0.0)
-            for p in tl.static_range(MORE_GATES):
-                at_more = more_gate_ptr + (p * more_tokens + token).to(tl.int64) * K + k
-                dgate += tl.load(at_more, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dgate_S + token * K + k, dgate.to(dgate_S.dtype.element_ty), mask=inside)
     mask = inside[:, None]
     if N % BLOCK != 0:
         mask = mask & (cols < N)[None, :]
@@ -66,6 +70,8 @@ def combine_kernel(
         at_more = more_ptr + (p * more_tokens + token).to(tl.int64)[:, None] * N + cols[None, :]
         total += tl.load(at_more, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + token.to(tl.int64)[:, None] * N + cols[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+    if PARTS > 0 and tl.program_id(1) == 0:
+        tl.store(dgate_S + at_slot, dgate.to(dgate_S.dtype.element_ty), mask=slots)
 
 
 launch_combine = Launcher(combine_kernel)
@@ -94,6 +100,7 @@ def combine(
     constants = {
         "N": num_n,
         "K": top_k,
+        "K_POW2": power_of_2(top_k),
         "WEIGHTED": gate_TK is not None,
         "PARTS": 0 if part_RP is None else part_RP.shape[1],
         "MORE": more[0].shape[0] if more else 0,
@@ -113,8 +120,8 @@ def sum_rows(y_RN: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
     if out_TN.numel() and y_RN.numel():
         block, tokens = _blocks(num_n)
         args = (y_RN, row_TK, None, None, None, out_TN, None, None, num_tokens, 0)
-        constants = {"N": num_n, "K": top_k, "WEIGHTED": False, "PARTS": 0, "MORE": 0, "MORE_GATES": 0}
-        constants |= {"TOKENS": tokens, "BLOCK": block}
+        constants = {"N": num_n, "K": top_k, "K_POW2": power_of_2(top_k), "WEIGHTED": False}
+        constants |= {"PARTS": 0, "MORE": 0, "MORE_GATES": 0, "TOKENS": tokens, "BLOCK": block}
         launch_combine((cdiv(num_tokens, tokens), cdiv(num_n, block), 1), args, constants, num_warps=8)
     return out_TN
 
