@@ -18,8 +18,10 @@ from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.two_level import TwoLevelDispatch
 from moetrain.moe.experts.grouped_mm import GroupedMMExperts
 from moetrain.moe.experts.reference import ReferenceExperts
+from moetrain.moe.experts.triton import TritonExperts
 from moetrain.moe.types import Routing
 from moetrain.testing.fake import fake_routing
+from moetrain.testing.problem import Layer, Problem, Shape, make_problem
 
 T, D, H, E, K, LAYERS = 300, 64, 32, 8, 3, 6
 
@@ -126,3 +128,36 @@ def host_waits(name: str) -> list[str]:
         layer()
     torch.cuda.set_sync_debug_mode("default")
     return [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+
+
+RING = Shape("ring", 3000, 1024, 512, 16, 4)  # rows an expert and piece that the warp-specialised kernels take
+
+
+def _stack(layer: Layer, p: Problem, weights: Weights) -> list[Tensor]:
+    """y, dx, dgates, dw of layers on top of each other, all forward before the first backward."""
+    x, gate, w1, w2 = (t.detach().requires_grad_() for t in (p.x_TD, p.routing.gate_TK, *weights))
+    y, experts = x, TritonExperts()
+    for _ in range(LAYERS):
+        y = y + layer(y, replace(p.routing, gate_TK=gate), experts, (w1, w2))
+    return [y.detach(), *torch.autograd.grad(y, (x, gate, w1, w2), p.dy_TD)]
+
+
+def stacked_layers(chunks: int) -> tuple[float, bool]:
+    """Layers that share the copy engines' memory, in bf16: the largest relative L2 distance of anything from one
+    process with the same kernels, and whether repeats, in other memory each, gave the same bits."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    p = make_problem(RING, 0.6, rank)
+    shape = ExchangeShape(RING.T, RING.D, RING.K, torch.bfloat16, "cuda")
+    layer = copy_engine.build(RING.E, dist.group.WORLD, shape, chunks)
+    found = []
+    for repeat in range(4):
+        kept = [torch.full((repeat * 1000 + 7, RING.D), float("nan"), device="cuda") for _ in range(3)]
+        found.append(_stack(layer, p, p.block(rank, ranks)))
+        del kept
+    want = _stack(LocalDispatch(), p, p.weights)
+    for grad in want[3:]:
+        dist.all_reduce(grad)
+    own = slice(rank * RING.E // ranks, (rank + 1) * RING.E // ranks)
+    want[3:] = [grad[own] for grad in want[3:]]
+    same = all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found[0], want)), same

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moetrain.testing import run_ranks
-from moetrain.testing.two_gpus import TRANSPORTS, host_waits, worst_error
+from moetrain.testing.two_gpus import LAYERS, TRANSPORTS, host_waits, stacked_layers, worst_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,3 +30,11 @@ def test_two_nodes_of_two_equal_one_process(name):
 def test_host_synchronisations(name, allowed):
     for waits in run_ranks(host_waits, 2, name, backend="nccl"):
         assert len(waits) <= allowed, waits
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+def test_layers_in_shared_memory_repeat_to_the_bit(chunks):
+    """bf16 by the kernels of large layers, on two streams; of the bar, a layer may take what its roundings do."""
+    for error, same in run_ranks(stacked_layers, min(torch.cuda.device_count(), 4), chunks, backend="nccl"):
+        assert same
+        assert error < LAYERS * 2**-8
