@@ -105,14 +105,14 @@ def compile_layer(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (
 
 
 def compile_pieces(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = (2048, 1024)) -> None:
-    """The weight gradients of a layer in two pieces."""
+    """Of two pieces: weight gradients, and an up-projection that leaves room."""
     num_d, num_f = dims
     work = pieces.ExpertPieces(
         torch.empty(2, 2, num_f, num_d, dtype=dtype), torch.empty(2, num_d, num_f, dtype=dtype), (True,) * 4
     )
     x_TD, expert_TK = torch.empty(num_tokens, num_d, dtype=dtype), torch.zeros(num_tokens, 2, dtype=torch.int64)
     for _ in range(2):
-        work.start(x_TD.clone(), expert_TK, torch.empty(num_tokens, 2))
+        work.start(x_TD.clone(), expert_TK, torch.empty(num_tokens, 2), land=lambda: None)
     for number in range(2):
         work.start_gradients(number, x_TD)
     work.weight_gradients()

@@ -71,6 +71,12 @@ PORTABLE = Config(
 INTERPRETED = Config(*[Tiles(16, 16, 16, warps=4, stages=1, split=s, group=2) for s in (1, 1, 1, 1, 1, 1)])
 
 
+@cache
+def leaving(tiles: Tiles | Ring, spare: int) -> Tiles | Ring:
+    """The same blocks on fewer multiprocessors. A ring kernel shares none with any other program."""
+    return replace(tiles, sms=tiles.sms - spare) if isinstance(tiles, Ring) else tiles
+
+
 def choose(x_TD: torch.Tensor, w_gate_up_E2FD: torch.Tensor, w_down_EDF: torch.Tensor, rows: int) -> Config:
     """The table's entry for these tensors on this device; `rows` is the bound on active slots."""
     sms, capability = device_traits(x_TD.device)

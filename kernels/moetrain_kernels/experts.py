@@ -6,7 +6,8 @@ Gathered x, the activation, and the experts' un-combined output are recomputed o
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 
@@ -53,8 +54,23 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Its kernels start first, so what is on the usual stream fills the multiprocessors that they leave."""
     return torch.cuda.Stream(device, priority=-1)
+
+
+@contextmanager
+def beside(device: torch.device | None) -> Iterator[Callable[[], None]]:
+    """What is launched inside goes to a stream of higher priority, behind all work so far; what the usual stream gets
+    afterwards fills the multiprocessors that it leaves. Call what this gives to have the usual stream wait for it.
+
+    On a CPU, and for None, there is no other stream.
+    """
+    if device is None or device.type != "cuda":
+        yield lambda: None
+        return
+    side, usual = _side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(usual)
+    with torch.cuda.stream(side):
+        yield lambda: usual.wait_stream(side)
 
 
 def forward(
@@ -97,18 +113,14 @@ def backward(
         dw_gate_up_E2FD = torch.empty_like(w_gate_up_E2FD)
     if need[2]:
         dw_down_EDF = torch.empty_like(w_down_EDF)
-    side = _side_stream(x_TD.device) if x_TD.is_cuda and need[0] and (need[1] or need[2]) else None
-    if side is not None:
-        side.wait_stream(torch.cuda.current_stream(x_TD.device))
-    with nullcontext() if side is None else torch.cuda.stream(side):  # torch's own of None would start CUDA
+    with beside(x_TD.device if need[0] and (need[1] or need[2]) else None) as join:
         if need[1]:
             weight_grad(x_TD, dh_R2F, rows, dw_gate_up_E2FD.view_as(w_up_rows), True, config.dw_up)
         if need[2]:
             weight_grad(dy_TD, a_RF, rows, dw_down_EDF, False, config.dw_down)
     if need[0]:
         dx_TD = combine(dx_RD, plan, part_RP=part_RP, dgate_TK=dgate_TK)
-    if side is not None:  # before any tensor of here is freed: the allocator knows of this stream only
-        torch.cuda.current_stream(x_TD.device).wait_stream(side)
+    join()  # before any tensor of here is freed: the allocator knows of the usual stream only
     return dx_TD, dgate_TK, dw_gate_up_E2FD, dw_down_EDF
 
 

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from .combine import combine
-from .configs import Config, choose
+from .configs import Config, choose, leaving
 from .down_grad import down_grad
-from .experts import aligned, check
+from .experts import aligned, beside, check
 from .gemm import grouped_gemm
 from .plan import RowPlan, sort_rows
-from .spans import several_pieces
+from .spans import WeightRows, several_pieces
 from .up import up_swiglu
 from .weight_grad import weight_grad
 
 More = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]  # [P, at least T, D], [P, as many, K]; contiguous
+SORTS = 4  # multiprocessors that sort a piece's slots while the piece before has the others
 
 
 @dataclass
@@ -47,8 +48,9 @@ class ExpertPieces:
     Pieces are numbered in the order of `start`. A second half may come at any time after its first; gradients start
     when every forward half is done, those of weights come when all pieces' have started. All once.
 
-    beside: first halves of odd pieces may run on a stream beside that of even ones (which waits for all work before the
-    first, and is waited for before any second half): memory of theirs is taken there, or before the first half.
+    beside: a piece's first half may run on another stream, which waits for all work before the first piece and is
+    waited for before the second half. Memory is safe so: what a first half uses was taken on its stream, or before the
+    first piece, and none of it is given back before the second half.
     """
 
     beside = True
@@ -60,21 +62,34 @@ class ExpertPieces:
         self.wanted = wanted
         self.pieces: list[_Piece] = []
         self.rows: tuple[torch.Tensor, torch.Tensor] | None = None  # dh and gate * a, of all pieces
+        self.weight_rows: tuple[WeightRows, WeightRows] | None = None
 
-    def start(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor, base: int = 0) -> None:
+    def start(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        gate_TK: torch.Tensor,
+        base: int = 0,
+        land: Callable[[], None] | None = None,
+    ) -> None:
         """Sort and up-projection of the next piece's rows. Arguments and errors as in moe_experts.
 
-        Experts are counted from `base`, and may be whole numbers of any dtype.
+        Experts are counted from `base`, and may be whole numbers of any dtype. land: called before x is read, which may
+        still be on its way; the sort of the next piece is then given room beside this up-projection.
         """
         w_gate_up, w_down = self.w_gate_up_E2FD, self.w_down_EDF
         check(x_TD, expert_TK, gate_TK, w_gate_up, w_down, None)
         piece = _Piece(aligned(x_TD), gate_TK.contiguous())
         self.pieces.append(piece)
-        if expert_TK.numel() == 0 or w_down.numel() == 0:
+        if expert_TK.numel() > 0 and w_down.numel() > 0:
+            piece.config = choose(piece.x_TD, w_gate_up, w_down, expert_TK.numel())
+            piece.plan = sort_rows(expert_TK, w_down.shape[0], piece.config.block_m, base=base)
+        if land is not None:
+            land()
+        if piece.plan is None:
             return
-        piece.config = choose(piece.x_TD, w_gate_up, w_down, expert_TK.numel())
-        piece.plan = sort_rows(expert_TK, w_down.shape[0], piece.config.block_m, base=base)
-        piece.h_R2F, piece.a_RF = up_swiglu(piece.x_TD, piece.plan, w_gate_up, piece.config.up)
+        up = piece.config.up if land is None else leaving(piece.config.up, SORTS)
+        piece.h_R2F, piece.a_RF = up_swiglu(piece.x_TD, piece.plan, w_gate_up, up)
         if self.wanted is None:
             piece.h_R2F = None
 
@@ -103,6 +118,9 @@ class ExpertPieces:
         piece.h_R2F, piece.dh_R2F = None, rows[0]
         if far and (self.wanted[0] or self.wanted[1]):
             piece.dx_RD = self._to_dx(piece)
+        pieces = self._with_rows()
+        if any(self.wanted[2:]) and all(piece.dy_TD is not None for piece in pieces):
+            self.weight_rows = several_pieces(*zip(*((piece.plan, piece.x_TD, piece.dy_TD) for piece in pieces)))
 
     def finish_gradients(
         self, number: int, out_TD: torch.Tensor | None = None, more: More | None = None
@@ -126,24 +144,35 @@ class ExpertPieces:
         w_up_rows = self.w_gate_up_E2FD.flatten(1, 2)
         return grouped_gemm(piece.dh_R2F, piece.plan, w_up_rows, piece.config.dx, transposed=True)
 
-    def weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """dw_gate_up and dw_down over the rows of all pieces, None where not wanted."""
-        pieces = [piece for piece in self.pieces if piece.plan is not None]
+    def weight_gradients(
+        self, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """dw_gate_up and dw_down over the rows of all pieces, None where not wanted.
+
+        meanwhile: called when they are under way, on a stream beside; a second half in it fills what they leave.
+        """
+        pieces = self._with_rows()
         weights, wanted = (self.w_gate_up_E2FD, self.w_down_EDF), self.wanted[2:]
         if not pieces:
+            _ = meanwhile() if meanwhile else None
             return tuple(torch.zeros_like(w) if w_wanted else None for w, w_wanted in zip(weights, wanted))
         dw_gate_up, dw_down = (torch.empty_like(w) if w_wanted else None for w, w_wanted in zip(weights, wanted))
         dh_R2F, a_RF = self.rows
         self.rows = None
-        x, dy = [piece.x_TD for piece in pieces], [piece.dy_TD for piece in pieces]
-        rows_x, rows_dy = several_pieces([piece.plan for piece in pieces], x, dy)
-        config = choose(x[0], *weights, dh_R2F.shape[0])
-        if dw_down is not None:
-            weight_grad(dy[0], a_RF, rows_dy, dw_down, False, config.dw_down)
-        del a_RF
-        if dw_gate_up is not None:
-            weight_grad(x[0], dh_R2F, rows_x, dw_gate_up.flatten(1, 2), True, config.dw_up)
+        x_TD, dy_TD, (rows_x, rows_dy) = pieces[0].x_TD, pieces[0].dy_TD, self.weight_rows
+        config = choose(x_TD, *weights, dh_R2F.shape[0])
+        with beside(x_TD.device if meanwhile else None) as join:
+            if dw_down is not None:
+                weight_grad(dy_TD, a_RF, rows_dy, dw_down, False, config.dw_down)
+            if dw_gate_up is not None:
+                weight_grad(x_TD, dh_R2F, rows_x, dw_gate_up.flatten(1, 2), True, config.dw_up)
+        if meanwhile is not None:
+            meanwhile()
+        join()  # before any tensor of here is freed: the allocator knows of the usual stream only
         return dw_gate_up, dw_down
+
+    def _with_rows(self) -> list[_Piece]:
+        return [piece for piece in self.pieces if piece.plan is not None]
 
     def _rows_of(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A piece's part of dh and of gate * a, which lie behind each other for the weight gradients."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.comm.collectives import Moving
 from moetrain.comm.compat import all_gather_single, reduce_scatter_single
-from moetrain.moe.dispatch.base import ExchangeShape, Slots, Weights
+from moetrain.moe.dispatch.base import Arrived, ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.dispatch.rows import labels, slots_of
@@ -80,9 +80,9 @@ class _Leg:
         source = x.contiguous()
         return Moving(rows, reduce_scatter_single(rows, source, group=self.trip.group, async_op=True), source)
 
-    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
+    def arrive(self, piece: int) -> Arrived:
         label, rows = self.coming[piece]
-        return rows.wait(), None if label is None else slots_of(label.wait())
+        return rows.wait(), None if label is None else slots_of(label.wait()), None
 
     def room(self, piece: int) -> None:
         return None

@@ -19,6 +19,10 @@ Weights = tuple[Tensor, Tensor]  # w_gate_up_E2FD, w_down_EDF of this rank's exp
 Slots = tuple[Tensor, Tensor]  # of rows: experts (whole numbers of any dtype, negative for none), gates (fp32 or wider)
 
 
+Land = Callable[[], None]
+Arrived = tuple[Tensor, Slots | None, Land | None]
+
+
 @dataclass(frozen=True)
 class ExchangeShape:
     """What a dispatcher may choose by and size its buffers from.
@@ -55,8 +59,9 @@ class Leg(Protocol):
     Pieces arrive in their order; they are given in the same one, but for a first one that stays, which is last.
     """
 
-    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
-        """The rows [M, D] of one piece that came to this rank, and their slots, ready on the current stream."""
+    def arrive(self, piece: int) -> Arrived:
+        """The rows [M, D] of one piece that came to this rank, and their slots, ready on the current stream. If `land`
+        is given, the rows are only when it has been called."""
 
     def room(self, piece: int) -> Tensor | None:
         """Memory in which rows that will be given are best made, if there is any; they may come from elsewhere."""

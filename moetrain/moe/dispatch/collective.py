@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.comm.collectives import Moving, start_all_to_all
 from moetrain.comm.reading import Reading
-from moetrain.moe.dispatch.base import ExchangeShape, Slots, Weights
+from moetrain.moe.dispatch.base import Arrived, ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.dispatch.rows import (
@@ -153,12 +153,12 @@ class _Leg:
             return Moving(x)
         return start_all_to_all(x, *part.counts, self.trip.group)
 
-    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
+    def arrive(self, piece: int) -> Arrived:
         part = self.trip.parts[piece]
         *label, rows = [moving.wait() for moving in self.coming.pop(id(part))]
         if self.fp8 and part.counts is not None:
-            return self._decoded(part, rows, label[0]), slots_of(label[0][:, :-1])
-        return rows, slots_of(label[0]) if label else None
+            return self._decoded(part, rows, label[0]), slots_of(label[0][:, :-1]), None
+        return rows, slots_of(label[0]) if label else None, None
 
     def _decoded(self, part: Part, byte_ND: Tensor, label_NL: Tensor) -> Tensor:
         """What came, and of this rank's own rows what they were: no result depends on the number of pieces."""

@@ -6,10 +6,11 @@ are in docs/dispatch.md.
 
 One leg, with its number n. Buffers serve all layers and passes in turn; every leg of a model uses them alike.
     beside write rows into OUT (backward: here, and first); post "out of r = n" to every peer;
-           for each peer s, nearest first: wait for "out of s >= n", copy its OUT here
-    here   the experts' first half of the own rows, then of each part of the peers' rows when its copies have arrived;
-           the second half of one part after the other: write the sums into HOME of their owners, post "home from r,
-           part p = n" to them
+           for each peer s, nearest first: wait for "out of s >= n", copy its OUT here, slots in front of rows
+    here   the experts' first half of the own rows, then of each part of the peers' rows: the sort when its slots have
+           arrived, the rest when its rows have;
+           the second half of one part after the other: write the sums into HOME of their owners, post (backward:
+           beside) "home from r, part p = n" to them
     beside for each part p, while the experts work on the next: wait for "home from s, part p >= n", copy it here
     here   the second half of the own rows while the last part travels, backward all weight gradients too; add up
 OUT is free for leg n + 1: every peer posted its last "home" of leg n after copying it, and this rank has waited for
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.peer import LANES, PeerMemory, SymmetricMemory, unreachable
-from moetrain.moe.dispatch.base import ExchangeShape, Slots, Weights
+from moetrain.moe.dispatch.base import Arrived, ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.dispatch.segments import Segment, cuts, segments
@@ -186,33 +188,44 @@ class _Leg:
         for peer in self.dispatch.peers:
             self.memory.post(peer, self.dispatch.out_flag(self.memory.rank), self.number, ROWS)
 
-    def _fetch(self) -> list[Any]:
-        """Peers' rows, part by part, and a mark behind each.
+    def _fetch(self) -> list[tuple[Any, Any]]:
+        """Peers' rows, part by part; marks behind the slots and the rows of each.
 
         Slots come in front of their rows: from a lane of their own, for which there is no other copy engine, they came
-        behind the rows of the peer before.
+        behind the rows of the peer before. They are sorted while the rows travel.
         """
-        arrived, position = [], 0
-        wanted = {"out_experts": self.expert_MK, "out_gates": self.gate_MK, "out_rows": self.row_MD}
-        for part in range(self.trip.parts):
-            for seg in (seg for seg in self.mine if seg.part == part):
-                landing, taken = slice(position, position + seg.stop - seg.start), slice(seg.start, seg.stop)
-                self.memory.wait(self.dispatch.out_flag(seg.source), self.number, ROWS)
-                for name, into in wanted.items():
-                    if into is not None:
-                        self.memory.copy(into[landing], self.dispatch.buffer(seg.source, name)[taken], ROWS)
-                position = landing.stop
-            arrived.append(self.memory.mark(ROWS))
+        arrived = []
+        for part, cut in enumerate(self.cuts):
+            slots = None
+            if self.slots is not None:
+                self._fetch_part(part, cut.start, {"out_experts": self.expert_MK, "out_gates": self.gate_MK})
+                slots = self.memory.mark(ROWS)
+            self._fetch_part(part, cut.start, {"out_rows": self.row_MD})
+            arrived.append((slots, self.memory.mark(ROWS)))
         return arrived
 
-    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
+    def _fetch_part(self, part: int, position: int, wanted: dict[str, Tensor | None]) -> None:
+        for seg in (seg for seg in self.mine if seg.part == part):
+            landing, taken = slice(position, position + seg.stop - seg.start), slice(seg.start, seg.stop)
+            self.memory.wait(self.dispatch.out_flag(seg.source), self.number, ROWS)
+            for name, into in wanted.items():
+                assert into is not None
+                self.memory.copy(into[landing], self.dispatch.buffer(seg.source, name)[taken], ROWS)
+            position = landing.stop
+
+    def arrive(self, piece: int) -> Arrived:
+        land = partial(self._land, piece)
         if piece == 0:
-            return self.row_TD, self.slots
-        self.memory.after(self.arrived[piece - 1])
+            return self.row_TD, self.slots, land
         rows = self.cuts[piece - 1]
         if self.expert_MK is None or self.gate_MK is None:
-            return self.row_MD[rows], None
-        return self.row_MD[rows], (self.expert_MK[rows], self.gate_MK[rows])
+            return self.row_MD[rows], None, land
+        self.memory.after(self.arrived[piece - 1][0])
+        return self.row_MD[rows], (self.expert_MK[rows], self.gate_MK[rows]), land
+
+    def _land(self, piece: int) -> None:
+        if piece > 0:
+            self.memory.after(self.arrived[piece - 1][1])
 
     def room(self, piece: int) -> Tensor | None:
         """Where a part of the peers' rows goes home from, if that is one stretch of memory; own rows go nowhere."""
@@ -235,6 +248,8 @@ class _Leg:
         return places
 
     def give(self, piece: int, row_MD: Tensor, gate_MK: Tensor | None = None) -> None:
+        """Flags are posted between two kernels, which costs 10 us. From a stream beside they come late, which only
+        gradients can afford: weight gradients hide their way home several times over."""
         if piece == 0:
             self.own = row_MD, gate_MK
             return
@@ -245,8 +260,11 @@ class _Leg:
             for given, home in self._places(name, piece - 1):
                 if home.data_ptr() != sums[given].data_ptr():
                     home.copy_(sums[given])
+        lane = None if gate_MK is None else NUMBERS
+        if lane is not None:
+            self.memory.after(self.memory.mark(), lane)
         for seg in (seg for seg in self.mine if seg.part == piece - 1):
-            self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number)
+            self.memory.post(seg.source, self.dispatch.home_flag(self.memory.rank, seg.part), self.number, lane)
         self._fetch_home(piece - 1)
 
     def _fetch_home(self, part: int) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.moe.dispatch import collective
-from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape, Slots, Weights
+from moetrain.moe.dispatch.base import Arrived, Dispatcher, ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.exchange import exchange
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.experts.reference import ReferenceExperts
@@ -64,8 +64,8 @@ class _Leg:
         expert_MK = torch.where(slot_MK >= 0, slot_MK + trip.dispatch.first_expert, -1)  # it numbers a rank's from 0
         self.slots = expert_MK, gate_MK
 
-    def arrive(self, piece: int) -> tuple[Tensor, Slots | None]:
-        return self.row_MD, self.slots
+    def arrive(self, piece: int) -> Arrived:
+        return self.row_MD, self.slots, None
 
     def room(self, piece: int) -> None:
         return None

@@ -73,10 +73,10 @@ class _Exchange(torch.autograd.Function):
         leg = job.trip.start(x_TD, (expert_TK, gate_TK.to(wide)))
 
         def start(piece: int) -> None:
-            x_MD, slots = leg.arrive(piece)
+            x_MD, slots, land = leg.arrive(piece)
             assert slots is not None
             with kept_graph() if job.kept else nullcontext():
-                work.start(x_MD, *slots, job.first_expert)
+                work.start(x_MD, *slots, job.first_expert, land)
 
         def finish(piece: int) -> None:
             more = leg.rest() if piece == 0 else None
@@ -112,10 +112,13 @@ class _Exchange(torch.autograd.Function):
         def start(piece: int) -> None:
             # Weight gradients hide the last rows' way home, so all else may hide the first ones' way here.
             far = job.trip.ahead or (piece == 0 and job.trip.first_stays and job.trip.pieces > 1)
-            work.start_gradients(piece, leg.arrive(piece)[0], far)
+            dy_MD, _, land = leg.arrive(piece)
+            if land is not None:
+                land()
+            work.start_gradients(piece, dy_MD, far)
 
         dw: list[Tensor | None] = []
-        in_turn(job.trip, work, grads[0].device, start, finish, lambda: dw.extend(work.weight_gradients()))
+        in_turn(job.trip, work, grads[0].device, start, finish, lambda stay: dw.extend(work.weight_gradients(stay)))
         dx_TD, dgate_TK = leg.collect()
         if dgate_TK is not None:
             dgate_TK = dgate_TK.to(ctx.gate_dtype)

@@ -37,14 +37,20 @@ class Pieces(Protocol):
     A piece's work has two halves, so that what travels can travel beside either; the second comes any time after the
     first. Pieces are numbered as they are started, all forward before the first backward. Each is asked for once.
 
-    beside: first halves of odd pieces may run on another stream than those of even ones, which waits for all work
-    before the first and is waited for before any second half.
+    beside: a piece's first half may run on another stream, which waits for all work before the first piece; its second
+    half waits for it.
     """
 
     beside: bool
 
-    def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int) -> None:
-        """The first half of the next piece. Experts are whole numbers of any dtype, counted from `base`."""
+    def start(
+        self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int, land: Callable[[], None] | None = None
+    ) -> None:
+        """The first half of the next piece. Experts are whole numbers of any dtype, counted from `base`.
+
+        land: if given, x is there for what follows on the current stream when it has been called, and pieces are
+        started one beside the other.
+        """
 
     def finish(self, piece: int, out_MD: Tensor | None = None, more: More | None = None) -> Tensor:
         """y_MD, best in `out_MD` if that is given, but it may be another tensor; plus what `more` returns, if given."""
@@ -57,8 +63,11 @@ class Pieces(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:
         """dx_MD and dgate_MK; None where none is wanted. Arguments as in `finish`."""
 
-    def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of all pieces, when all have been through the first half: work beside which the last rows travel."""
+    def weight_gradients(self, meanwhile: Callable[[], None] | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Of all pieces, when all have been through the first half: work beside which the last rows travel.
+
+        meanwhile: called once while they are made, to do what may be done beside them.
+        """
 
 
 @runtime_checkable

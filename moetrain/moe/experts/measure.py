@@ -71,8 +71,8 @@ def step_in_pieces(backend: Divisible, inputs: Inputs, dy_TD: Tensor) -> list[Te
     y = {piece: work.finish(piece) for piece in reversed(range(pieces))}
     for piece, part_TD in enumerate(dy_TD.split(half)):
         work.start_gradients(piece, part_TD, True)
-    dw = work.weight_gradients()
-    found = {piece: work.finish_gradients(piece) for piece in reversed(range(pieces))}
+    found = {piece: work.finish_gradients(piece) for piece in reversed(range(1, pieces))}
+    dw = work.weight_gradients(lambda: found.update({0: work.finish_gradients(0)}))
     rows = [torch.cat(column) for column in zip(*((y[i], *found[i]) for i in range(pieces)))]
     return [*rows, *(t for t in dw if t is not None)]
 

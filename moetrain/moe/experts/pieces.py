@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,11 @@ class CallPieces:
         self.gradients: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self.dw: list[Tensor | None] = [None, None]
 
-    def start(self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int) -> None:
+    def start(
+        self, x_MD: Tensor, expert_MK: Tensor, gate_MK: Tensor, base: int, land: Callable[[], None] | None = None
+    ) -> None:
+        if land is not None:
+            land()
         expert_MK, gate_MK = (expert_MK - base).long(), gate_MK.contiguous()
         if self.wanted is None:
             self.made.append(self.backend(x_MD, expert_MK, gate_MK, *self.weights))
@@ -69,7 +75,9 @@ class CallPieces:
             None if dgate_MK is None or gates is None else _plus(dgate_MK, gates),
         )
 
-    def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+    def weight_gradients(self, meanwhile: Callable[[], None] | None = None) -> tuple[Tensor | None, Tensor | None]:
+        if meanwhile is not None:
+            meanwhile()
         return self.dw[0], self.dw[1]
 
 

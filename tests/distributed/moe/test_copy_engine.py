@@ -107,7 +107,9 @@ def home_after_first_part(directory):
     rows = torch.full((MOST, D), 1.0 + memory.rank, dtype=torch.float64)
     leg = copy_engine._Leg(copy_engine._Trip(dispatcher, MOST, 3, MOST), rows, None)
     leg.home_RTD.zero_()
-    leg.give(1, 10 * leg.arrive(1)[0])
+    row_MD, _, land = leg.arrive(1)
+    land()
+    leg.give(1, 10 * row_MD)
     dist.barrier()
     return leg.home_RTD[:, :, 0].tolist()
 
@@ -182,3 +184,40 @@ def test_refused_without_peer_access():
             copy_engine.build(E, dist.group.WORLD, SHAPE, 34)
 
     run_ranks(one, 2)
+
+
+class Ordered(FileMemory):
+    """Notes marks, what waits for them, and flags, with their lanes."""
+
+    def mark(self, lane=None):
+        self.did.append(("mark", lane))
+
+    def after(self, mark, lane=None):
+        self.did.append(("after", lane))
+
+    def post(self, rank, flag, value, lane=None):
+        self.did.append(("post", lane))
+        super().post(rank, flag, value, lane)
+
+
+def order_of_giving(directory):
+    """Sums of tokens, then of gradients."""
+    memory = Ordered(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
+    dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", 2, (), dist.group.WORLD))
+    trip, rows, found = copy_engine._Trip(dispatcher, MOST, 2, MOST), torch.zeros(MOST, D).double(), []
+    for slots in ((torch.zeros(MOST, K).long(), torch.zeros(MOST, K).double()), None):
+        memory.did = []
+        leg = copy_engine._Leg(trip, rows, slots)
+        sums, gates = torch.zeros((WORLD - 1) * MOST, D).double(), torch.zeros((WORLD - 1) * MOST, K).double()
+        memory.did = []
+        leg.give(1, sums, None if slots else gates)
+        found.append(memory.did[:2])
+        dist.barrier()
+    return found
+
+
+def test_flags_follow_what_they_announce(tmp_path):
+    """A flag from a lane waits for the current stream, on which the sums are made."""
+    for tokens, gradients in run_ranks(order_of_giving, WORLD, tmp_path):
+        assert tokens[0] == ("post", None)
+        assert gradients == [("mark", None), ("after", copy_engine.NUMBERS)]

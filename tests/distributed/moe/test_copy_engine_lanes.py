@@ -11,6 +11,7 @@ from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.copy_engine import CopyEngineDispatch, regions
 from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.experts.pieces import CallPieces
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.testing import run_ranks
 from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
@@ -38,6 +39,18 @@ class SlowWrites(ThreadedMemory):
         super().write(to, source, lane)
 
 
+class SortsFirst(CallPieces):
+    """Reads slots while rows are still on their way."""
+
+    def start(self, x_MD, expert_MK, gate_MK, base, land=None):
+        super().start(x_MD, expert_MK.clone(), gate_MK.clone(), base, land)
+
+
+class Experts(ReferenceExperts):
+    def divide(self, weights, wanted):
+        return SortsFirst(self, weights, wanted)
+
+
 def one_rank(directory, chunks, jitter):
     """Several layers over one memory, each with another bound on its rows: all forward, then all backward."""
     rank = dist.get_rank()
@@ -47,7 +60,7 @@ def one_rank(directory, chunks, jitter):
     for layer in range(LAYERS):
         x, expert, gate, upstream = data(rank, layer)
         routing = replace(fake_routing(expert, gate), most=9 + layer)
-        done.append((dispatcher(x, routing, ReferenceExperts(), w), x, gate, upstream))
+        done.append((dispatcher(x, routing, Experts(), w), x, gate, upstream))
     for y, _, _, upstream in reversed(done):
         y.backward(upstream)
     dist.barrier()

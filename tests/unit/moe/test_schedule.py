@@ -14,7 +14,12 @@ def order(pieces, first_stays, ahead):
     done = []
     trip, work = SimpleNamespace(pieces=pieces, first_stays=first_stays, ahead=ahead), SimpleNamespace(beside=True)
     steps = (lambda piece: done.append(f"begin {piece}"), lambda piece: done.append(f"finish {piece}"))
-    in_turn(trip, work, torch.device("cpu"), *steps, lambda: done.append("last"))
+
+    def last(stay):
+        done.append("last")
+        stay()
+
+    in_turn(trip, work, torch.device("cpu"), *steps, last)
     return done
 
 
