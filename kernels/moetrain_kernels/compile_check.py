@@ -118,6 +118,12 @@ def compile_pieces(dtype: torch.dtype, num_tokens: int, dims: tuple[int, int] = 
     work.weight_gradients()
 
 
+def compile_many_experts() -> None:
+    """What is made for every expert, of more of them than a block of comparisons can hold squared."""
+    expert_TK, x_TD = torch.zeros(64, 2, dtype=torch.int64), torch.empty(64, 64, dtype=torch.bfloat16)
+    spans.several_pieces([plan.sort_rows(expert_TK, 2048, 128) for _ in range(2)], [x_TD] * 2, [x_TD] * 2)
+
+
 def compile_router() -> None:
     """Walk the router's kernels once for each kind of score, at the largest number of experts that is common."""
     logit_TE, valid_T = torch.empty(1024, 256, requires_grad=True), torch.ones(1024, dtype=torch.bool)
@@ -168,6 +174,7 @@ def check(arch: int) -> bool:
         "fp32": partial(compile_layer, torch.float32, 1024),
         "bf16, pieces": partial(compile_pieces, torch.bfloat16, 1024),
         "fp16, pieces": partial(compile_pieces, torch.float16, 1024, (2056, 1024)),
+        "2048 experts": compile_many_experts,
         "router": compile_router,
         "attention, loss": compile_model,
     }

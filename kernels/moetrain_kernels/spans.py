@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, power_of_2
-from .plan import RowPlan
+from .launch import Launcher, cdiv, power_of_2
+from .plan import TABLE_CELLS, RowPlan
 
 UNIT = tl.constexpr(16)  # bytes to which every piece's tokens are aligned
 
@@ -80,18 +80,25 @@ def note_piece_kernel(
 
 
 @triton.jit
-def order_spans_kernel(spans_EP2, spans_E, E: tl.constexpr, E_POW2: tl.constexpr, PIECES: tl.constexpr):
-    """Experts by the rows of all pieces, most first, ties by id."""
-    e = tl.arange(0, E_POW2)
-    other = tl.arange(0, E_POW2)
-    rows, others = tl.zeros((E_POW2,), tl.int32), tl.zeros((E_POW2,), tl.int32)
+def _rows_of(spans_EP2, e, E: tl.constexpr, PIECES: tl.constexpr):
+    """Rows of experts in all pieces."""
+    rows = e * 0
     for piece in tl.static_range(PIECES):
         at = spans_EP2 + 2 * (e * PIECES + piece)
         rows += tl.load(at + 1, mask=e < E, other=0) - tl.load(at, mask=e < E, other=0)
-        at = spans_EP2 + 2 * (other * PIECES + piece)
-        others += tl.load(at + 1, mask=other < E, other=0) - tl.load(at, mask=other < E, other=0)
-    ahead = (others[None, :] > rows[:, None]) | ((others[None, :] == rows[:, None]) & (other[None, :] < e[:, None]))
-    place = tl.sum((ahead & (other < E)[None, :]).to(tl.int32), axis=1)
+    return rows
+
+
+@triton.jit
+def order_spans_kernel(
+    spans_EP2, spans_E, E: tl.constexpr, E_POW2: tl.constexpr, PIECES: tl.constexpr, TABLE: tl.constexpr
+):
+    """Experts by the rows of all pieces, most first, ties by id. A program places TABLE of them."""
+    e = tl.program_id(0) * TABLE + tl.arange(0, TABLE)
+    other = tl.arange(0, E_POW2)
+    rows, others = _rows_of(spans_EP2, e, E, PIECES), _rows_of(spans_EP2, other, E, PIECES)
+    ahead = (others[:, None] > rows[None, :]) | ((others[:, None] == rows[None, :]) & (other[:, None] < e[None, :]))
+    place = tl.sum((ahead & (other < E)[:, None]).to(tl.int32), axis=0)
     out = spans_E + (1 + 2 * PIECES) * place
     tl.store(out, e, mask=e < E)
     for i in tl.static_range(2 * PIECES):
@@ -121,5 +128,7 @@ def several_pieces(
         args = (x[i], x[0], dy[i], dy[0], plan.slot_R, first.slot_R, plan.spans_E3, bases_2P4, spans_EP2, i, row)
         launch_note((1, 1, 1), args, sizes, num_warps=4)
         row += plan.max_rows
-    launch_order((1, 1, 1), (spans_EP2, spans_E), sizes, num_warps=8)
+    table = min(sizes["E_POW2"], max(1, TABLE_CELLS // sizes["E_POW2"]))
+    grid = (cdiv(num_experts, table), 1, 1)
+    launch_order(grid, (spans_EP2, spans_E), {**sizes, "TABLE": table}, num_warps=8)
     return tuple(WeightRows(spans_E, first.slot_R, bases_P4, first.top_k) for bases_P4 in bases_2P4)

@@ -86,6 +86,18 @@ def test_what_is_not_wanted_is_not_made():
     close(dw_down, want[4])
 
 
+@pytest.mark.parametrize("num_e", [3, 200, 1500])
+def test_experts_are_ordered_by_the_rows_of_all_pieces(num_e):
+    g = torch.Generator().manual_seed(num_e)
+    experts = [torch.randint(-1, num_e, (40, 2), generator=g) % (num_e // 2 + 1) for _ in range(3)]
+    plans, x = [plan.sort_rows(part, num_e, 16) for part in experts], [torch.zeros(40, 8) for _ in experts]
+    rows = spans.several_pieces(plans, x, x)[0].spans_E
+    counts = sum(torch.bincount(part.flatten(), minlength=num_e) for part in experts)
+    assert rows[:, 0].tolist() == sorted(range(num_e), key=lambda e: (-counts[e].item(), e))
+    found = sum(rows[:, i + 1] - rows[:, i] for i in (1, 3, 5))
+    assert torch.equal(found, counts[rows[:, 0]].int())
+
+
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("cut", [[25, 16], [3, 30, 8]], ids=str)
