@@ -21,6 +21,7 @@ from moetrain.moe.types import Routing
 
 Run = Callable[[int, Tensor, Routing, Weights], Tensor]  # chunks, x_TD, routing, weights -> y_TD
 REPEATS, WARMUP = 3, 2
+LOPSIDED = 1.25  # load of the fullest rank over the mean
 
 
 class Chunks:
@@ -43,6 +44,7 @@ class Chunks:
         if self.count is None and torch.are_deterministic_algorithms_enabled():
             self.count = self.candidates[0]
         if self.count is None and torch.is_grad_enabled():
+            routing = settled(routing, len(weights[0]), self.group)
             seconds = [_measure(run, chunks, x_TD, routing, weights) for chunks in self.candidates]
             self.count = self.agree(seconds, x_TD.device)
         return self.count or 1
@@ -57,6 +59,22 @@ class Chunks:
             table = ", ".join(f"{c}: {1e3 * s:.2f} ms" for c, s in zip(self.candidates, found))
             print(f"dispatch {self.name}: chunks={best} ({table}, forward + backward)", flush=True)
         return best
+
+
+def settled(routing: Routing, experts: int, group: dist.ProcessGroup) -> Routing:
+    """Collective over `group`: a routing to measure with, `experts` being on each rank. A new router sends most tokens
+    to few experts, which says nothing of the steps to come: where loads of ranks differ much, each slot in use gets one
+    of all experts by chance instead. Under a capacity, which limits what may travel, the routing stays what it is.
+    """
+    expert_TK, ranks = routing.expert_TK, dist.get_world_size(group)
+    load = torch.bincount((expert_TK[expert_TK >= 0] // experts).flatten(), minlength=ranks).float()
+    dist.all_reduce(load, group=group)
+    if routing.bounded or load.max() <= LOPSIDED * load.mean() or expert_TK.shape[1] > experts * ranks:
+        return routing
+    g = torch.Generator(expert_TK.device).manual_seed(dist.get_rank(group))
+    chance_TE = torch.rand(len(expert_TK), experts * ranks, generator=g, device=expert_TK.device)
+    even_TK = chance_TE.topk(expert_TK.shape[1], dim=1).indices
+    return replace(routing, expert_TK=torch.where(expert_TK < 0, expert_TK, even_TK))
 
 
 def _measure(run: Run, chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> float:

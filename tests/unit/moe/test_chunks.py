@@ -1,5 +1,6 @@
 """Into how many pieces an exchange is cut."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from moetrain.moe.dispatch import allgather, chunks, collective, copy_engine, two_level
 from moetrain.moe.dispatch.chunks import Chunks
+from moetrain.testing.fake import fake_routing
 
 pytestmark = pytest.mark.unit
 ON_GPU = SimpleNamespace(is_cuda=True, device="cpu")
@@ -38,9 +40,31 @@ def test_no_clock_decides_where_a_run_is_to_repeat_to_the_bit(module, count, mon
 def test_else_the_fastest_is_measured(monkeypatch):
     seconds = {2: 3.0, 3: 1.0, 4: 2.0}
     monkeypatch.setattr(chunks, "_measure", lambda run, count, *args: seconds[count])
+    monkeypatch.setattr(chunks, "settled", lambda *args: None)
     monkeypatch.setattr(chunks.dist, "all_reduce", lambda *args, **kwargs: None)
     monkeypatch.setattr(chunks.dist, "get_rank", lambda: 1)
     choice = Chunks("any", "auto", (2, 3, 4), None)
     with torch.no_grad():
-        assert choice.of(None, ON_GPU, None, None) == 1  # an evaluation before the first step
-    assert choice.of(None, ON_GPU, None, None) == 3
+        assert choice.of(None, ON_GPU, None, [[]]) == 1  # an evaluation before the first step
+    assert choice.of(None, ON_GPU, None, [[]]) == 3
+
+
+@pytest.fixture
+def four_ranks(monkeypatch):
+    """Of which all have the same tokens."""
+    monkeypatch.setattr(chunks.dist, "all_reduce", lambda load, group: load.mul_(4))
+    monkeypatch.setattr(chunks.dist, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(chunks.dist, "get_rank", lambda group: 1)
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_it_is_measured_with_the_routing_of_the_run_unless_that_is_lopsided():
+    tokens = torch.arange(400)
+    even = fake_routing(torch.stack([tokens % 8, (tokens + 3) % 8], dim=1), torch.ones(400, 2))
+    assert chunks.settled(even, 2, None) is even
+    new = replace(even, expert_TK=torch.stack([tokens % 2, torch.where(tokens < 100, -1, 5)], dim=1))
+    settled = chunks.settled(new, 2, None).expert_TK
+    assert torch.equal(settled < 0, new.expert_TK < 0)
+    assert (settled[:, 0] != settled[:, 1]).all()
+    assert torch.bincount(settled[settled >= 0], minlength=8).min() > 50  # of 87.5 on average: 4.3 deviations
+    assert chunks.settled(replace(new, bounded=True), 2, None).expert_TK is new.expert_TK
