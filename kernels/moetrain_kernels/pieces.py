@@ -153,8 +153,9 @@ class ExpertPieces:
         """
         pieces = self._with_rows()
         weights, wanted = (self.w_gate_up_E2FD, self.w_down_EDF), self.wanted[2:]
-        if not pieces:
-            _ = meanwhile() if meanwhile else None
+        if not pieces or not any(wanted):
+            if meanwhile is not None:
+                meanwhile()
             return tuple(torch.zeros_like(w) if w_wanted else None for w, w_wanted in zip(weights, wanted))
         dw_gate_up, dw_down = (torch.empty_like(w) if w_wanted else None for w, w_wanted in zip(weights, wanted))
         dh_R2F, a_RF = self.rows

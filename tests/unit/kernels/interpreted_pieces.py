@@ -86,6 +86,22 @@ def test_what_is_not_wanted_is_not_made():
     close(dw_down, want[4])
 
 
+def test_weights_that_are_kept_as_they_are_need_none():
+    """Experts that are not trained, as in fine-tuning of the rest."""
+    x, expert, gate, w_up, w_down = problem(0)
+    pieces = ExpertPieces(w_up, w_down, (True, True, False, False))
+    for part in (slice(0, 20), slice(20, 41)):
+        pieces.start(x[part], expert[part], gate[part])
+    for i, part in enumerate((slice(0, 20), slice(20, 41))):
+        pieces.finish(i)
+        pieces.start_gradients(i, torch.ones_like(x[part]), far=True)
+    found = [pieces.finish_gradients(1)]
+    assert pieces.weight_gradients(lambda: found.insert(0, pieces.finish_gradients(0))) == (None, None)
+    want = wanted(x, expert, gate, w_up, w_down, torch.ones_like(x))
+    close(torch.cat([dx for dx, _ in found]), want[1])
+    close(torch.cat([dgate for _, dgate in found]), want[2])
+
+
 @pytest.mark.parametrize("num_e", [3, 200, 1500])
 def test_experts_are_ordered_by_the_rows_of_all_pieces(num_e):
     g = torch.Generator().manual_seed(num_e)
