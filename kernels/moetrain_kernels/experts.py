@@ -118,9 +118,11 @@ def backward(
             weight_grad(x_TD, dh_R2F, rows, dw_gate_up_E2FD.view_as(w_up_rows), True, config.dw_up)
         if need[2]:
             weight_grad(dy_TD, a_RF, rows, dw_down_EDF, False, config.dw_down)
-    if need[0]:
-        dx_TD = combine(dx_RD, plan, part_RP=part_RP, dgate_TK=dgate_TK)
-    join()  # before any tensor of here is freed: the allocator knows of the usual stream only
+    try:
+        if need[0]:
+            dx_TD = combine(dx_RD, plan, part_RP=part_RP, dgate_TK=dgate_TK)
+    finally:
+        join()  # before any tensor of here is freed: the allocator knows of the usual stream only
     return dx_TD, dgate_TK, dw_gate_up_E2FD, dw_down_EDF
 
 

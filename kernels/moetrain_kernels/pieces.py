@@ -49,8 +49,8 @@ class ExpertPieces:
     when every forward half is done, those of weights come when all pieces' have started. All once.
 
     beside: a piece's first half may run on another stream, which waits for all work before the first piece and is
-    waited for before the second half. Memory is safe so: what a first half uses was taken on its stream, or before the
-    first piece, and none of it is given back before the second half.
+    waited for before the second half. Memory is safe so: what a first half uses was taken on its stream, or earlier on
+    one for which its stream has waited; and what it gives back was its stream's.
     """
 
     beside = True
@@ -79,13 +79,14 @@ class ExpertPieces:
         """
         w_gate_up, w_down = self.w_gate_up_E2FD, self.w_down_EDF
         check(x_TD, expert_TK, gate_TK, w_gate_up, w_down, None)
-        piece = _Piece(aligned(x_TD), gate_TK.contiguous())
+        piece = _Piece(x_TD, gate_TK.contiguous())
         self.pieces.append(piece)
         if expert_TK.numel() > 0 and w_down.numel() > 0:
             piece.config = choose(piece.x_TD, w_gate_up, w_down, expert_TK.numel())
             piece.plan = sort_rows(expert_TK, w_down.shape[0], piece.config.block_m, base=base)
         if land is not None:
             land()
+        piece.x_TD = aligned(x_TD)
         if piece.plan is None:
             return
         up = piece.config.up if land is None else leaving(piece.config.up, SORTS)
@@ -167,9 +168,11 @@ class ExpertPieces:
                 weight_grad(dy_TD, a_RF, rows_dy, dw_down, False, config.dw_down)
             if dw_gate_up is not None:
                 weight_grad(x_TD, dh_R2F, rows_x, dw_gate_up.flatten(1, 2), True, config.dw_up)
-        if meanwhile is not None:
-            meanwhile()
-        join()  # before any tensor of here is freed: the allocator knows of the usual stream only
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            join()  # before any tensor of here is freed: the allocator knows of the usual stream only
         return dw_gate_up, dw_down
 
     def _with_rows(self) -> list[_Piece]:

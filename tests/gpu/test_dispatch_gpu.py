@@ -35,6 +35,6 @@ def test_host_synchronisations(name, allowed):
 @pytest.mark.parametrize("chunks", [2, 3, 4])
 def test_layers_in_shared_memory_repeat_to_the_bit(chunks):
     """bf16 by the kernels of large layers, on two streams; of the bar, a layer may take what its roundings do."""
-    for error, same in run_ranks(stacked_layers, min(torch.cuda.device_count(), 4), chunks, backend="nccl"):
+    for error, same in run_ranks(stacked_layers, 4 if torch.cuda.device_count() >= 4 else 2, chunks, backend="nccl"):
         assert same
         assert error < LAYERS * 2**-8

@@ -28,13 +28,14 @@ class Chunks:
     """A chunk count for all layers. chunks: a number, or "auto": 1 on a CPU, the first of `candidates` where torch is
     told to be deterministic, else the fastest of them.
 
-    The ranks of `group` agree on the count whose slowest rank is fastest. Raises ValueError for anything else.
+    The ranks of `groups`, at first one, agree on the count whose slowest rank is fastest. Ranks of two groups, of which
+    each has one of every other's, agree all. Raises ValueError for anything else.
     """
 
     def __init__(self, name: str, chunks: str | int, candidates: Sequence[int], group: dist.ProcessGroup) -> None:
         if chunks != "auto" and (isinstance(chunks, (bool, str)) or chunks < 1):
             raise ValueError(f"dispatch.chunks={chunks!r} is no count of pieces; nearest legal value: auto (or 1)")
-        self.name, self.candidates, self.group = name, candidates, group
+        self.name, self.candidates, self.groups = name, candidates, [group]
         self.count = None if chunks == "auto" else int(chunks)
 
     def of(self, run: Run, x_TD: Tensor, routing: Routing, weights: Weights) -> int:
@@ -44,7 +45,7 @@ class Chunks:
         if self.count is None and torch.are_deterministic_algorithms_enabled():
             self.count = self.candidates[0]
         if self.count is None and torch.is_grad_enabled():
-            routing = settled(routing, len(weights[0]), self.group)
+            routing = settled(routing, len(weights[0]), self.groups[0])
             seconds = [_measure(run, chunks, x_TD, routing, weights) for chunks in self.candidates]
             self.count = self.agree(seconds, x_TD.device)
         return self.count or 1
@@ -52,7 +53,8 @@ class Chunks:
     def agree(self, seconds: list[float], device: torch.device) -> int:
         """The candidate whose slowest rank is fastest; rank 0 prints what was found."""
         slowest = torch.tensor(seconds, device=device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self.group)
+        for group in self.groups:
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
         found = slowest.tolist()
         best = self.candidates[found.index(min(found))]
         if dist.get_rank() == 0:
@@ -64,7 +66,7 @@ class Chunks:
 def settled(routing: Routing, experts: int, group: dist.ProcessGroup) -> Routing:
     """Collective over `group`: a routing to measure with, `experts` being on each rank. A new router sends most tokens
     to few experts, which says nothing of the steps to come: where loads of ranks differ much, each slot in use gets one
-    of all experts by chance instead. Under a capacity, which limits what may travel, the routing stays what it is.
+    of all experts by chance instead. One that is bounded (capacity.pad) stays what it is.
     """
     expert_TK, ranks = routing.expert_TK, dist.get_world_size(group)
     load = torch.bincount((expert_TK[expert_TK >= 0] // experts).flatten(), minlength=ranks).float()

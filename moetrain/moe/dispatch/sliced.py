@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.comm.shards import gather_shards, sum_scatter
 from moetrain.moe.dispatch.base import Dispatcher, Weights
+from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.moe.types import Routing
 
@@ -22,6 +23,9 @@ class SlicedDispatch:
 
     def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
         self.inner, self.group = inner, group
+        chunks = getattr(inner, "chunks", None)
+        if isinstance(chunks, Chunks):  # whose number is that of the calls below, which are collective
+            chunks.groups.append(group)
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: ExpertBackend, weights: Weights) -> Tensor:
         def over_all_slices(

@@ -66,7 +66,7 @@ def step_in_pieces(backend: Divisible, inputs: Inputs, dy_TD: Tensor) -> list[Te
     work = backend.divide((weights[0], weights[1]), (True, True, True, True))
     half = -(-len(x_TD) // 2)
     for part in zip(x_TD.split(half), expert_TK.split(half), gate_TK.split(half)):
-        work.start(*part, 0)
+        work.start(*part, 0, lambda: None)
     pieces = -(-len(x_TD) // half)
     y = {piece: work.finish(piece) for piece in reversed(range(pieces))}
     for piece, part_TD in enumerate(dy_TD.split(half)):

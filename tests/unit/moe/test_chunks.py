@@ -8,6 +8,7 @@ import torch
 
 from moetrain.moe.dispatch import allgather, chunks, collective, copy_engine, two_level
 from moetrain.moe.dispatch.chunks import Chunks
+from moetrain.moe.dispatch.sliced import SlicedDispatch
 from moetrain.testing.fake import fake_routing
 
 pytestmark = pytest.mark.unit
@@ -47,6 +48,17 @@ def test_else_the_fastest_is_measured(monkeypatch):
     with torch.no_grad():
         assert choice.of(None, ON_GPU, None, [[]]) == 1  # an evaluation before the first step
     assert choice.of(None, ON_GPU, None, [[]]) == 3
+
+
+def test_slices_of_experts_agree_with_each_other(monkeypatch):
+    """Whose ranks are in different groups of the exchange and meet once a piece."""
+    slower = {"ep": torch.zeros(2), "etp": torch.tensor([0.0, 9.0])}
+    monkeypatch.setattr(chunks.dist, "all_reduce", lambda t, op, group: t.copy_(torch.maximum(t, slower[group])))
+    monkeypatch.setattr(chunks.dist, "get_rank", lambda: 1)
+    inner = SimpleNamespace(chunks=Chunks("any", "auto", (2, 3), "ep"))
+    assert inner.chunks.agree([2.0, 1.0], "cpu") == 3
+    SlicedDispatch(inner, "etp")
+    assert inner.chunks.agree([2.0, 1.0], "cpu") == 2
 
 
 @pytest.fixture
