@@ -30,7 +30,7 @@ from moetrain.moe.dispatch.base import ExchangeShape, Weights
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.base import ExpertBackend
 from moetrain.testing import device_events
-from moetrain.testing.problem import SHAPES, Layer, Problem, Shape, make_problem, step
+from moetrain.testing.problem import SHAPES, Layer, Problem, Shape, distance, make_problem, own_share, step
 
 REPEATS, WARMUP = 7, 3
 HEAD_START = 20_000_000  # device cycles, about 10 ms: what the host may launch meanwhile
@@ -42,7 +42,7 @@ TRANSPORTS = {  # name: (module, chunk counts, a row each)
     "copy_engine": (copy_engine, (2, 3, 4)),
     "allgather": (allgather, (1, 2, 4)),
     "NCCL serial": (collective, (1,)),
-    "NCCL chunked": (collective, (2,)),  # in more pieces it was slower, up to twice
+    "NCCL chunked": (collective, (2,)),  # more gained 1% at best and cost half at worst
 }
 
 
@@ -141,19 +141,7 @@ def compute_only(p: Problem, weights: Weights, shape: Shape) -> Limit:
 
 def one_process(p: Problem, backend: ExpertBackend, rank: int, ranks: int) -> list[Tensor]:
     """What the exchange must give: this rank's tokens with all experts here; weight gradients summed over ranks."""
-    found = step(LocalDispatch(), p, p.weights, backend, True)
-    for grad in found[3:]:
-        dist.all_reduce(grad)
-    own = slice(rank * len(found[3]) // ranks, (rank + 1) * len(found[3]) // ranks)
-    return [*found[:3], *(grad[own].clone() for grad in found[3:])]
-
-
-def distance(got: list[Tensor], want: list[Tensor]) -> float:
-    """Largest relative L2 distance over tensors and ranks; infinite for NaN."""
-    errors = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(got, want)])
-    worst = errors.nan_to_num(float("inf")).max()
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return float(worst)
+    return own_share(step(LocalDispatch(), p, p.weights, backend, True), rank, ranks)
 
 
 def turns(layer: Layer, p: Problem, weights: Weights, limit: Limit, backward: bool) -> list[Took]:
@@ -194,7 +182,8 @@ def measure(shape: Shape, kind: str, transports: list[str], timeline: bool) -> l
                 took, least = turns(layer, p, weights, limit, True)
                 alone, forward = turns(layer, p, weights, limit, False)
                 if timeline:
-                    show(f"{head} | compute only", lambda: limit.run(True))
+                    if not rows:
+                        show(f"{head} | compute only", lambda: limit.run(True))
                     show(f"{head} | {label}, chunks={chunks}", lambda: step(layer, p, weights, limit.backend, True))  # noqa: B023
                 if not rows:
                     rows.append(

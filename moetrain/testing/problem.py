@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.moe.dispatch.base import Weights
@@ -75,3 +76,20 @@ def step(layer: Layer, p: Problem, weights: Weights, backend: ExpertBackend, bac
     x, gate, w1, w2 = (t.detach().requires_grad_() for t in (p.x_TD, p.routing.gate_TK, *weights))
     y = layer(x, replace(p.routing, gate_TK=gate), backend, (w1, w2))
     return [y.detach(), *(torch.autograd.grad(y, (x, gate, w1, w2), p.dy_TD) if backward else ())]
+
+
+def own_share(found: list[Tensor], rank: int, ranks: int) -> list[Tensor]:
+    """Collective: of `step` with all experts here what an exchange gives this rank. Weight gradients are summed over
+    ranks, in place, and cut to its experts."""
+    for grad in found[3:]:
+        dist.all_reduce(grad)
+    own = slice(rank * len(found[3]) // ranks, (rank + 1) * len(found[3]) // ranks)
+    return [*found[:3], *(grad[own].clone() for grad in found[3:])]
+
+
+def distance(got: list[Tensor], want: list[Tensor]) -> float:
+    """Collective: largest relative L2 distance over tensors and ranks; infinite for NaN."""
+    errors = torch.stack([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(got, want)])
+    worst = errors.nan_to_num(float("inf")).max()
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)

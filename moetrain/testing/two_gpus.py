@@ -21,7 +21,7 @@ from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.experts.triton import TritonExperts
 from moetrain.moe.types import Routing
 from moetrain.testing.fake import fake_routing
-from moetrain.testing.problem import Layer, Problem, Shape, make_problem
+from moetrain.testing.problem import Layer, Problem, Shape, distance, make_problem, own_share
 
 T, D, H, E, K, LAYERS = 300, 64, 32, 8, 3, 6
 
@@ -154,10 +154,6 @@ def stacked_layers(chunks: int) -> tuple[float, bool]:
         kept = [torch.full((repeat * 1000 + 7, RING.D), float("nan"), device="cuda") for _ in range(3)]
         found.append(_stack(layer, p, p.block(rank, ranks)))
         del kept
-    want = _stack(LocalDispatch(), p, p.weights)
-    for grad in want[3:]:
-        dist.all_reduce(grad)
-    own = slice(rank * RING.E // ranks, (rank + 1) * RING.E // ranks)
-    want[3:] = [grad[own] for grad in want[3:]]
+    want = own_share(_stack(LocalDispatch(), p, p.weights), rank, ranks)
     same = all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
-    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found[0], want)), same
+    return distance(found[0], want), same

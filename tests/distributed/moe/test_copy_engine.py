@@ -121,24 +121,37 @@ def test_sums_go_home_while_experts_work_on_the_next_part(tmp_path):
 
 
 class Noted(FileMemory):
-    """Notes the lane of every copy."""
+    """Notes copies, marks, what waits for them, and flags, with their lanes."""
 
     def copy(self, to, source, lane):
-        self.lanes.append(lane)
+        self.did.append(("copy", lane))
         super().copy(to, source, lane)
+
+    def mark(self, lane=None):
+        self.did.append(("mark", lane))
+
+    def after(self, mark, lane=None):
+        self.did.append(("after", lane))
+
+    def post(self, rank, flag, value, lane=None):
+        self.did.append(("post", lane))
+        super().post(rank, flag, value, lane)
+
+
+def passes(directory):
+    """The memory and a leg with tokens, then with gradients; what it notes begins with the leg. All ranks in step."""
+    memory = Noted(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
+    dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", 2, (), dist.group.WORLD))
+    trip, rows = copy_engine._Trip(dispatcher, MOST, 2, MOST), torch.zeros(MOST, D).double()
+    for slots in ((torch.zeros(MOST, K).long(), torch.zeros(MOST, K).double()), None):
+        memory.did = []
+        yield memory, copy_engine._Leg(trip, rows, slots)
+        dist.barrier()
 
 
 def lanes(directory):
-    """Of the copies that start a pass with tokens, and one with gradients."""
-    memory = Noted(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
-    dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", 2, (), dist.group.WORLD))
-    trip, rows, found = copy_engine._Trip(dispatcher, MOST, 2, MOST), torch.zeros(MOST, D).double(), []
-    for slots in ((torch.zeros(MOST, K).long(), torch.zeros(MOST, K).double()), None):
-        memory.lanes = []
-        copy_engine._Leg(trip, rows, slots)
-        found.append(memory.lanes)
-        dist.barrier()
-    return found
+    """Of the copies that start each pass."""
+    return [[lane for what, lane in memory.did if what == "copy"] for memory, _ in passes(directory)]
 
 
 def test_gradients_are_put_out_before_kernels_that_leave_no_room(tmp_path):
@@ -186,33 +199,13 @@ def test_refused_without_peer_access():
     run_ranks(one, 2)
 
 
-class Ordered(FileMemory):
-    """Notes marks, what waits for them, and flags, with their lanes."""
-
-    def mark(self, lane=None):
-        self.did.append(("mark", lane))
-
-    def after(self, mark, lane=None):
-        self.did.append(("after", lane))
-
-    def post(self, rank, flag, value, lane=None):
-        self.did.append(("post", lane))
-        super().post(rank, flag, value, lane)
-
-
 def order_of_giving(directory):
-    """Sums of tokens, then of gradients."""
-    memory = Ordered(dist.group.WORLD, regions(SHAPE, WORLD)[1], directory)
-    dispatcher = CopyEngineDispatch(E, memory, SHAPE, Chunks("copy_engine", 2, (), dist.group.WORLD))
-    trip, rows, found = copy_engine._Trip(dispatcher, MOST, 2, MOST), torch.zeros(MOST, D).double(), []
-    for slots in ((torch.zeros(MOST, K).long(), torch.zeros(MOST, K).double()), None):
+    """Sums of tokens, then of gradients: what is done first."""
+    found, rows = [], (WORLD - 1) * MOST
+    for memory, leg in passes(directory):
         memory.did = []
-        leg = copy_engine._Leg(trip, rows, slots)
-        sums, gates = torch.zeros((WORLD - 1) * MOST, D).double(), torch.zeros((WORLD - 1) * MOST, K).double()
-        memory.did = []
-        leg.give(1, sums, None if slots else gates)
+        leg.give(1, torch.zeros(rows, D).double(), None if leg.slots else torch.zeros(rows, K).double())
         found.append(memory.did[:3])
-        dist.barrier()
     return found
 
 
