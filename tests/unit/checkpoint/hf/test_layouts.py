@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from moetrain.checkpoint import manifest
+from moetrain.checkpoint.hf import files
 from moetrain.checkpoint.hf.families import FAMILIES
 from moetrain.checkpoint.hf.load import import_hf
 from moetrain.checkpoint.hf.save import export_hf
@@ -51,6 +52,22 @@ def test_experts_may_be_written_stacked(family, tmp_path):
     assert not any(".experts.0." in name for name in names)
     assert torch.equal(tiny.their_logits(tiny.reload(tmp_path / "back")), tiny.their_logits(model))
     assert main(["export", f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'b'}", "experts=fused"]) == 2
+
+
+def test_a_shard_keeps_no_layer_alive(tmp_path, monkeypatch):
+    """Its tensors are copies: a view of one expert would hold all experts of its layer until the shard is written."""
+    held = []
+
+    def keep(tensors, *args, **kwargs):
+        held.extend((name, t.nbytes, t.untyped_storage().nbytes()) for name, t in tensors.items())
+        save_file(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(files, "save_file", keep)
+    tiny.make("qwen3_moe", tmp_path / "source")
+    import_hf(tmp_path / "source", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "back", shard_bytes=20_000)
+    assert any(".experts." in name for name, _, _ in held)
+    assert [name for name, size, storage in held if size != storage] == []
 
 
 def test_shards_in_and_out(tmp_path):
