@@ -214,3 +214,18 @@ def test_flags_follow_what_they_announce(tmp_path):
     for tokens, gradients in run_ranks(order_of_giving, WORLD, tmp_path):
         assert tokens[0] == ("post", None)
         assert gradients == [("mark", None), ("after", copy_engine.NUMBERS), ("post", copy_engine.NUMBERS)]
+
+
+def order_of_putting_out(directory):
+    """Of each pass what is done up to the first flag, but for slots, which are written."""
+    return [memory.did[: memory.did.index(("post", copy_engine.ROWS)) + 1] for memory, _ in passes(directory)]
+
+
+def test_copies_wait_for_what_the_current_stream_did(tmp_path):
+    """No lane begins before the current stream is done with the memory into which it copies; a flag from a lane waits
+    for what was put out elsewhere. Memory in files cannot miss either: there the host is the current stream."""
+    rows, numbers = copy_engine.ROWS, copy_engine.NUMBERS
+    free = [("mark", None), ("after", rows), ("mark", None), ("after", numbers)]
+    tokens = [*free, ("copy", rows), ("mark", numbers), ("after", rows), ("post", rows)]
+    gradients = [*free, ("copy", None), ("mark", None), ("after", rows), ("post", rows)]
+    assert run_ranks(order_of_putting_out, WORLD, tmp_path) == [[tokens, gradients]] * WORLD

@@ -255,3 +255,34 @@ def ask_twice(factor):
 def test_a_pass_gives_one_gradient_and_says_so_if_asked_for_another():
     assert run_ranks(ask_twice, WORLD, 1.0) == [True] * WORLD
     assert all("twice for different gradients" in str(found) for found in run_ranks(ask_twice, WORLD, 2.0))
+
+
+WANTED = [(x, gate, w) for x in (False, True) for gate in (False, True) for w in (False, True)]
+
+
+def trained_in_part():
+    """Gradients of tokens, gates, and weights of a layer whose experts, router, or input ask for none."""
+    found = []
+    for wanted in WANTED:
+        x, expert, gate, upstream = data(dist.get_rank(), "plain")
+        leaves = [x.detach(), gate.detach(), *(t.detach() for t in own_experts(fake_experts(E, D, H)))]
+        for leaf, asks in zip(leaves, (*wanted, wanted[2]), strict=True):
+            leaf.requires_grad_(asks)
+        y = make("collective 3")(leaves[0], routing(expert, leaves[1]), ReferenceExperts(), (leaves[2], leaves[3]))
+        assert y.requires_grad == any(wanted)
+        if y.requires_grad:
+            y.backward(upstream)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    return found
+
+
+def test_whatever_is_trained_has_its_gradient():
+    """Also where only routers are, whose first layer's input has none."""
+    ranks, (of_rank, dw) = run_ranks(trained_in_part, WORLD), single_process("plain")
+    for rank, found in enumerate(ranks):
+        expected = [*of_rank[rank], *(w.chunk(WORLD)[rank] for w in dw)]
+        for wanted, got in zip(WANTED, found, strict=True):
+            for asks, a, b in zip((True, *wanted, wanted[2]), got, expected, strict=True):
+                assert (a is not None) == asks
+                if asks:
+                    assert_close(a, b)
