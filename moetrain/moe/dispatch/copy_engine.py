@@ -95,6 +95,8 @@ class CopyEngineDispatch:
         assert tokens <= self.shape.tokens, f"{tokens} tokens, but made for {self.shape.tokens}"
         assert slots == self.shape.top_k, f"{slots} experts a token, but made for {self.shape.top_k}"
         assert x_TD.dtype == self.shape.dtype, f"{x_TD.dtype}, but made for {self.shape.dtype}"
+        if torch.cuda.is_current_stream_capturing():  # a replay would find every flag where this pass left it
+            raise ValueError("dispatch=copy_engine in a CUDA graph reads early; nearest legal value: dispatch=allgather")
 
         def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
             most = self.shape.tokens if routing.most is None else routing.most

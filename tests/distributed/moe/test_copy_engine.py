@@ -229,3 +229,13 @@ def test_copies_wait_for_what_the_current_stream_did(tmp_path):
     tokens = [*free, ("copy", rows), ("mark", numbers), ("after", rows), ("post", rows)]
     gradients = [*free, ("copy", None), ("mark", None), ("after", rows), ("post", rows)]
     assert run_ranks(order_of_putting_out, WORLD, tmp_path) == [[tokens, gradients]] * WORLD
+
+
+def test_a_graph_whose_replays_would_wait_for_nothing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    def one():
+        with pytest.raises(ValueError, match=r"CUDA graph.*nearest legal value: dispatch=allgather"):
+            one_rank(tmp_path, 2)
+
+    run_ranks(one, WORLD)

@@ -1,19 +1,23 @@
 """Every dispatcher against one process with all experts, in fp64, with different tokens on every rank."""
 
 import dataclasses
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe.dispatch import allgather, auto, collective
 from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.dispatch.sliced import SlicedDispatch
+from moetrain.moe.experts.pieces import CallPieces
 from moetrain.moe.experts.reference import ReferenceExperts
+from moetrain.moe.kept import Kept
 from moetrain.testing import run_ranks
 from moetrain.testing.fake import fake_experts, fake_routing, fake_tokens, own_experts
 
@@ -286,3 +290,44 @@ def test_whatever_is_trained_has_its_gradient():
                 assert (a is not None) == asks
                 if asks:
                     assert_close(a, b)
+
+
+class Followed(ReferenceExperts):
+    """Counts works that are still there: they hold the rows that came."""
+
+    def __init__(self):
+        self.works = []
+
+    def divide(self, weights, wanted):
+        work = CallPieces(ReferenceExperts(), weights, wanted)
+        self.works.append(weakref.ref(work))
+        return work
+
+    def alive(self):
+        return sum(work() is not None for work in self.works)
+
+
+def works_alive():
+    """After the forward and the backward pass of a layer whose output is still held, plainly and recomputed; answers
+    that are kept between two askings, and after them."""
+    dispatcher, w, found = make("collective 3"), own_experts(fake_experts(E, D, H)), []
+    x, expert, gate, upstream = data(dist.get_rank(), "plain")
+    for kept in (None, Kept()):
+        experts = Followed()
+
+        def layer(x, gate, kept=kept, experts=experts):
+            return dispatcher(x, fake_routing(expert, gate, kept=kept), experts, w)
+
+        y = checkpoint(layer, x, gate, use_reentrant=False) if kept else layer(x, gate)
+        found.append(experts.alive())
+        y.backward(upstream)
+        found.append(experts.alive())
+    y = dispatcher(x, routing(expert, gate), ReferenceExperts(), w)
+    for again in (True, False):
+        torch.autograd.grad(y, x, upstream, retain_graph=again)
+        found.append(y.grad_fn.job.answer is not None)
+    return found
+
+
+def test_nothing_is_held_longer_than_it_is_needed():
+    assert run_ranks(works_alive, WORLD) == [[1, 0, 0, 0, True, False]] * WORLD
