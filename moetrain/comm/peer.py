@@ -143,6 +143,11 @@ class _Driver:
             raise RuntimeError(f"CUDA driver error {status} on a copy or a stream memory operation")
 
 
+def captured(x: Tensor) -> bool:
+    """Whether what is done with `x` now goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def unreachable(group: dist.ProcessGroup, device_type: str) -> str | None:
     """Why the ranks of `group` cannot read each other's memory, the same on all; None if they can. Collective."""
     if device_type != "cuda":

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.peer import LANES, PeerMemory, SymmetricMemory, unreachable
+from moetrain.comm.peer import LANES, PeerMemory, SymmetricMemory, captured, unreachable
 from moetrain.moe.dispatch.base import Arrived, ExchangeShape, Slots, Weights
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.exchange import exchange
@@ -95,7 +95,7 @@ class CopyEngineDispatch:
         assert tokens <= self.shape.tokens, f"{tokens} tokens, but made for {self.shape.tokens}"
         assert slots == self.shape.top_k, f"{slots} experts a token, but made for {self.shape.top_k}"
         assert x_TD.dtype == self.shape.dtype, f"{x_TD.dtype}, but made for {self.shape.dtype}"
-        if torch.cuda.is_current_stream_capturing():  # a replay would find every flag where this pass left it
+        if captured(x_TD):  # a replay would find every flag where this pass left it
             raise ValueError("dispatch=copy_engine in a CUDA graph reads early; nearest legal value: dispatch=allgather")
 
         def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
