@@ -96,7 +96,7 @@ class CopyEngineDispatch:
         assert slots == self.shape.top_k, f"{slots} experts a token, but made for {self.shape.top_k}"
         assert x_TD.dtype == self.shape.dtype, f"{x_TD.dtype}, but made for {self.shape.dtype}"
         if captured(x_TD):  # a replay would find every flag where this pass left it
-            raise ValueError("dispatch=copy_engine in a CUDA graph reads early; nearest legal value: dispatch=allgather")
+            raise ValueError("dispatch=copy_engine in a CUDA graph; nearest legal value: dispatch=allgather")
 
         def run(chunks: int, x_TD: Tensor, routing: Routing, weights: Weights) -> Tensor:
             most = self.shape.tokens if routing.most is None else routing.most
