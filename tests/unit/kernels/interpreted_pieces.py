@@ -75,14 +75,15 @@ def test_pieces_equal_the_whole(cut, first_last):
 def test_rows_are_not_read_before_they_land(num_d):
     x, expert, gate, w_up, w_down = problem(5)
     x, w_up, w_down = x[:, :num_d].contiguous(), w_up[..., :num_d].contiguous(), w_down[:, :num_d].contiguous()
-    want = wanted(x, expert, gate, w_up, w_down, torch.ones_like(x))
+    dy = torch.randn_like(x)
+    want = wanted(x, expert, gate, w_up, w_down, dy)
     coming, pieces = torch.full_like(x, float("nan")), ExpertPieces(w_up, w_down, (True,) * 4)
     parts = [slice(0, 9), slice(9, 41)]
     for part in parts:
         pieces.start(coming[part], expert[part], gate[part], 0, lambda part=part: coming[part].copy_(x[part]))
     close(torch.cat([pieces.finish(i) for i in range(2)]), want[0])
     for i, part in enumerate(parts):
-        pieces.start_gradients(i, torch.ones_like(x[part]))
+        pieces.start_gradients(i, dy[part])
     found = [pieces.finish_gradients(i)[0] for i in range(2)]
     for got, expected in zip((torch.cat(found), *pieces.weight_gradients()), (want[1], *want[3:])):
         close(got, expected)
