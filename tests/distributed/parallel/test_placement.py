@@ -64,21 +64,30 @@ def test_equals_one_process(name, documents, single, tmp_path, shuffled):
 
 
 def evaluated_and_saved(options):
-    """Two steps, after which experts have moved, a validation, a checkpoint right behind it, and two more steps."""
-    trainer = open_trainer(options)
+    """Two steps, after which experts have moved, a validation, a checkpoint right behind it, and two more steps; and in
+    which order the checkpoint had experts moved, was written, and had its copy to the host waited for."""
+    trainer, order = open_trainer(options), []
     steps, _ = record_steps(trainer, 2)
     trainer.evaluate()
-    trainer.save()
+
+    def noted(name, function):
+        return lambda *args: order.append(name) or function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for holder, name in ((trainer.placement, "_move"), (trainer.saver, "save"), (trainer.saver, "before_update")):
+            patch.setattr(holder, name, noted(name, getattr(holder, name)))
+        trainer.save()
     steps += record_steps(trainer, 2)[0]
     trainer.close()
-    return steps
+    return steps, order
 
 
 def test_a_checkpoint_behind_a_validation_whose_gathered_weights_were_kept(documents, single, tmp_path, shuffled):
     more = ["parallel.ep=2", "parallel.reshard_after_forward=false", "train.eval_batches=1"]
     options = overrides(documents, tmp_path, *ON, *more, micro_batch=1)
-    run = run_ranks(evaluated_and_saved, 4, options)[0]
+    run, order = run_ranks(evaluated_and_saved, 4, options)[0]
     assert moved(run)
+    assert order == ["_move", "save", "before_update", "_move"]  # a copy under way would take weights of other experts
     assert worst(run, single[:4]) < BAR
 
 
