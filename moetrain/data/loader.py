@@ -25,7 +25,7 @@ from moetrain.data.sources import HeldOut, SourceOpener
 from moetrain.data.tokenizer import check_vocabulary, load_tokenizer
 
 _VERSION = 1
-_OF_STREAMS = ("reading", "sampled")  # what a checkpoint says of them beside names and sizes (data/sources.py)
+_OF_STREAMS = ("reading", "sampled", "revision")  # what a checkpoint says beside names and sizes (data/sources.py)
 
 
 class Loader:
@@ -55,7 +55,7 @@ class Loader:
         check_vocabulary(self.tokenizer, vocab_size)
         opener = SourceOpener(config, self.tokenizer, seq_len, seed, _cache_dir(config))
         self._sources, held_out = opener.training()
-        of_streams = {"reading": opener.reading, "sampled": opener.sampled}
+        of_streams = {kind: getattr(opener, kind) for kind in _OF_STREAMS}
         self._of_streams = {kind: by_source for kind, by_source in of_streams.items() if by_source}
         self._held_out: dict[str, HeldOut] = opener.validation() or held_out
         self._mixture = Mixture(config, seed)
