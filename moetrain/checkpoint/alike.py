@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+import moetrain
 from moetrain.checkpoint.agree import gather, on_rank0
+from moetrain.comm.code import digest_of
 from moetrain.config.inherit import flat
 from moetrain.config.schema import Config
 
@@ -27,9 +29,10 @@ PATIENCE_S = 10.0  # with a file system that shows a new file late
 
 
 def check_alike(config: Config) -> None:
-    """Raises ValueError on every rank where their configurations, torch, or run.dir differ. Collective."""
+    """Raises ValueError on every rank where their configurations, code, torch, or run.dir differ. Collective."""
     values = {k: v for k, v in flat(asdict(config)).items() if not any(fnmatchcase(k, kind) for kind in _OF_A_NODE)}
-    check_same(values | {"torch.__version__": str(torch.__version__)})
+    code = digest_of(Path(moetrain.__file__).parent)
+    check_same(values | {"moetrain's code": code, "torch.__version__": str(torch.__version__)})
     check_one_directory(Path(config.run.dir))
 
 

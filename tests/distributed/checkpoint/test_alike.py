@@ -58,6 +58,16 @@ def test_data_may_lie_elsewhere_on_a_node_but_must_be_the_same(streaming, tmp_pa
         assert "jsonl=" in told
 
 
+def test_other_code_on_one_node_is_refused(tmp_path):
+    def start():
+        if dist.get_rank() == 1:
+            alike.digest_of = lambda package: "stale"  # in a rank of its own
+        return _open([f"run.dir={tmp_path}"], [])
+
+    for told in run_ranks(start, 2):
+        assert ", stale on 1 of 2 (rank 1); start all of them alike" in told
+
+
 def test_ranks_that_differ_are_counted():
     def differ():
         check_same({"a": 1, "b": dist.get_rank() // 2, "c": None})
