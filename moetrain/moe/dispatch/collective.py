@@ -65,7 +65,9 @@ class CollectiveDispatch:
     def _trip(self, routing: Routing, chunks: int) -> AllToAllTrip:
         wanted_RT = wanted_by_rank(routing.expert_TK, self.local_experts, self.ep)
         tokens = wanted_RT.shape[1]
-        if routing.bounded and self.rows is not None and tokens:
+        if routing.bounded and self.rows is not None:
+            if not tokens:  # nothing to fill rows up with, while the others expect them and exchange no counts
+                raise ValueError("dispatch.capacity.pad=true with a rank without tokens; nearest legal value: false")
             send = receive = [self.rows] * self.ep
             place_RT, token_N = padded(wanted_RT, self.rows)
         else:

@@ -58,13 +58,24 @@ def one_rank(name, cases):
     dispatcher, results = make(name), {}
     for case in cases:
         if name.endswith("padded") and case == "nothing_on_rank_1":
-            continue  # static shapes are for training, where every rank has tokens
+            continue  # refused: static shapes are for training, where every rank has tokens
         x, expert, gate, upstream = data(dist.get_rank(), case)
         w = own_experts(fake_experts(E, D, H))
         y = dispatcher(x, routing(expert, gate), ReferenceExperts(), w)
         y.backward(upstream)
         results[case] = y.detach(), x.grad, gate.grad, *(t.grad for t in w)
     return results
+
+
+def test_static_shapes_without_a_token_are_refused_instead_of_hanging():
+    def one():
+        x, expert, gate, _ = data(1, "nothing_on_rank_1")
+        with pytest.raises(ValueError, match=r"dispatch\.capacity\.pad=true with a rank without tokens"):
+            make("collective 3 padded")(
+                x, routing(expert, gate), ReferenceExperts(), own_experts(fake_experts(E, D, H))
+            )
+
+    run_ranks(one, WORLD)
 
 
 def single_process(case):
