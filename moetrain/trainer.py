@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint.agree import gather, on_rank0
+from moetrain.checkpoint.alike import check_alike, check_same
 from moetrain.checkpoint.lock import run_lock
 from moetrain.checkpoint.resume import begin
 from moetrain.checkpoint.saver import Saver
@@ -21,6 +22,7 @@ from moetrain.comm.collectives import sum_over
 from moetrain.comm.seeds import seed_step
 from moetrain.comm.stop import StopRequest
 from moetrain.comm.watchdog import Watchdog
+from moetrain.config.inherit import flat
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch, global_totals
 from moetrain.data.loader import build_loader
@@ -60,6 +62,7 @@ class Trainer:
 
         self.lock = run_lock(self.run_dir)
         on_rank0(lambda: bool(self.lock.__enter__()))
+        check_alike(config)
         self.watchdog = Watchdog(self.run_dir / "hangs" / on_rank0(lambda: token_hex(4)), config.run.hang_timeout_s)
         self.guard = BadStepGuard(config)
         kept = config.checkpoint
@@ -67,6 +70,7 @@ class Trainer:
         self.saver = Saver(self.store, config.checkpoint, device)
         self.meshes = build_meshes(layout, device.type)
         self.loader = build_loader(config, self.meshes.dp_rank, layout.dp)
+        check_same(flat(self.loader.identity(), "data as read: "))
         self.place_S = held_places(config.train.seq_len, layout.cp, self.meshes.cp.get_local_rank())
         self.place_here_S = self.place_S.to(device)
         built = build_parallel_model(config, self.meshes, device)

@@ -17,7 +17,8 @@ class SourceConfig:
 
     kind: stdlib (the running Python's own standard library) | hub | jsonl | parquet | text | arrow | shards.
     path: a dataset name (or directory) for hub, a file, directory or glob otherwise, a directory made by `tokenize` for
-    shards, unused for stdlib. subset, split: for hub and for saved dataset dictionaries.
+    shards, unused for stdlib. subset, split: for hub and for saved dataset dictionaries. revision: of a hub dataset, a
+    branch, tag, or commit; "" for what the hub has now.
     text_column: a string per row; or ids_column: a list of token ids per row. mask_column: optional list of 0/1, one
     per character of the text or per id; 0 means "no loss on this target". A text file is one document, without columns.
     streaming: read while training instead of tokenising into the cache first; not for stdlib and shards.
@@ -28,6 +29,7 @@ class SourceConfig:
     path: str = ""
     subset: str = ""
     split: str = "train"
+    revision: str = ""
     text_column: str = "text"
     ids_column: str = ""
     mask_column: str = ""
@@ -111,7 +113,8 @@ def check_source(where: str, source: SourceConfig) -> None:
         raise ValueError(
             f"{where}.path is empty: kind {source.kind} needs {wanted.get(source.kind, 'a file, directory or glob')}"
         )
-    for key, unset, kinds in (("subset", "", ("hub",)), ("split", "train", ("hub", "arrow"))):
+    of_kinds = (("subset", "", ("hub",)), ("revision", "", ("hub",)), ("split", "train", ("hub", "arrow")))
+    for key, unset, kinds in of_kinds:
         if getattr(source, key) != unset and source.kind not in kinds:
             raise ValueError(
                 f"{where}.{key}={getattr(source, key)!r}: kind {source.kind} has none and would be read whole; leave "

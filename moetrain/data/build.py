@@ -32,7 +32,8 @@ from moetrain.data.store import FORMAT, META, StoreWriter, merge_stores
 from moetrain.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
-_LEFT_ALONE = ("path", "streaming", "weight")  # keys of a source that do not change its tokens, beyond its files
+# Keys of a source that do not change its tokens, beyond its files.
+_LEFT_ALONE = ("path", "revision", "streaming", "weight")
 
 
 Group = tuple[int, int]  # from and to (exclusive), of a source's shards

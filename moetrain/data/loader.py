@@ -25,7 +25,7 @@ from moetrain.data.sources import HeldOut, SourceOpener
 from moetrain.data.tokenizer import check_vocabulary, load_tokenizer
 
 _VERSION = 1
-_OF_STREAMS = ("reading", "sampled")  # what a checkpoint says of them beside names and sizes (data/sources.py)
+_OF_STREAMS = ("reading", "sampled", "revision")  # what a checkpoint says beside names and sizes (data/sources.py)
 
 
 class Loader:
@@ -55,7 +55,7 @@ class Loader:
         check_vocabulary(self.tokenizer, vocab_size)
         opener = SourceOpener(config, self.tokenizer, seq_len, seed, _cache_dir(config))
         self._sources, held_out = opener.training()
-        of_streams = {"reading": opener.reading, "sampled": opener.sampled}
+        of_streams = {kind: getattr(opener, kind) for kind in _OF_STREAMS}
         self._of_streams = {kind: by_source for kind, by_source in of_streams.items() if by_source}
         self._held_out: dict[str, HeldOut] = opener.validation() or held_out
         self._mixture = Mixture(config, seed)
@@ -104,9 +104,20 @@ class Loader:
         """
         self.load_state_dict(self._state | {"step": step})
 
+    def identity(self) -> dict[str, Any]:
+        """What `fingerprint` is made of: the same on all ranks, and where a run is resumed."""
+        return {
+            "tokenizer": self.tokenizer.fingerprint,
+            "seq_len": self._seq_len,
+            "documents": self._documents,
+            "seed": self._seed,
+            "sources": {name: source.fingerprint for name, source in self._sources.items()},
+            **self._of_streams,
+        }
+
     def fingerprint(self) -> str:
         """64 hex digits that change when any training row could: tokenizer, content, seed, row length, documents."""
-        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def validation(self, n_batches: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each of the first global batches (at most `n_batches`) of held-out rows.
@@ -167,16 +178,6 @@ class Loader:
         turns = range(max(counts.values(), default=0))
         return [(name, turn) for turn in turns for name in counts if turn < counts[name]][:limit]
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "tokenizer": self.tokenizer.fingerprint,
-            "seq_len": self._seq_len,
-            "documents": self._documents,
-            "seed": self._seed,
-            "sources": {name: source.fingerprint for name, source in self._sources.items()},
-            **self._of_streams,
-        }
-
     def _snapshot(self) -> dict[str, Any]:
         sources = {name: {"count": self._counts[name], "reader": s.state_dict()} for name, s in self._sources.items()}
         return {
@@ -184,7 +185,7 @@ class Loader:
             "step": self._step,
             "samples": self._samples,
             "sources": sources,
-            "data": self._identity(),
+            "data": self.identity(),
             "fingerprint": self.fingerprint(),
         }
 
@@ -193,7 +194,7 @@ class Loader:
             raise ValueError(
                 f"the checkpoint's data cursor has version {state.get('version')}, this one reads {_VERSION}"
             )
-        saved, own = state["data"], self._identity()
+        saved, own = state["data"], self.identity()
         plain = [k for k in own if k not in ("sources", *_OF_STREAMS)]
         differing = [f"{k}: {saved[k]} there, {own[k]} here" for k in plain if saved[k] != own[k]]
         for name, fingerprint in saved["sources"].items():

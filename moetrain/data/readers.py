@@ -38,12 +38,14 @@ class Shard:
 @dataclass(frozen=True)
 class Source:
     """identity: what the rows are read from, as JSON (names and sizes of files), the same for a copy of the data.
-    times: when each file was last changed, in nanoseconds. files: where they are; none behind what is not in files."""
+    times: when each file was last changed, in nanoseconds. files: where they are; none behind what is not in files.
+    revision: of files that are elsewhere, what tells them from those of another day."""
 
     shards: list[Shard]
     identity: list[Any]
     times: list[int]
     files: list[Path]
+    revision: str = ""
 
 
 def open_source(where: str, config: SourceConfig) -> Source:
@@ -161,19 +163,29 @@ def _hub(where: str, config: SourceConfig) -> Source:
     import datasets
 
     datasets.disable_progress_bars()
+    what = {"path": str(Path(config.path).expanduser()), "name": config.subset or None}
+    revision = config.revision or None
     try:
-        loaded = datasets.load_dataset(
-            str(Path(config.path).expanduser()), config.subset or None, split=config.split, streaming=config.streaming
-        )
+        if config.streaming:
+            builder = datasets.load_dataset_builder(**what, revision=revision)
+            return _streamed(config, builder, builder.as_streaming_dataset(split=config.split))
+        loaded = datasets.load_dataset(**what, revision=revision, split=config.split)
     except Exception as error:  # the library raises many kinds: not found, no network, unknown subset or split
         raise ValueError(f"{where}: dataset {config.path!r} cannot be opened: {error}") from error
-    if not config.streaming:
-        return _mapped(config, loaded)
+    return _mapped(config, loaded)
+
+
+def _streamed(config: SourceConfig, builder: Any, loaded: Any) -> Source:
+    """What lies on the hub is known by its commit, a directory in its place by its files."""
     n = loaded.num_shards
     shards = [
         Shard(f"{config.path}/{config.split}/{i}", partial(loaded.shard, num_shards=n, index=i)) for i in range(n)
     ]
-    return Source(shards, [[f"{config.path}/{config.subset}/{config.split}/{n}", 0]], [], [])
+    identity = [[f"{config.path}/{config.subset}/{config.split}/{n}", 0]]
+    files = [Path(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    if files and all(file.is_file() for file in files):
+        return Source(shards, identity, [], sorted(files))
+    return Source(shards, identity, [], [], builder.hash or "")
 
 
 def _mapped(config: SourceConfig, dataset: Any) -> Source:

@@ -67,7 +67,7 @@ class SourceOpener:
     """Opens sources for one row length, tokenizer, and cache.
 
     reading: of each streamed training source, how its files become documents to train on; sampled: a hash of parts of
-    its files, where it has files. (What a mapped source holds is hashed itself.)
+    its files, where it has files; revision: the commit of a hub's. (What a mapped source holds is hashed itself.)
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, seq_len: int, seed: int, cache_dir: Path) -> None:
@@ -78,6 +78,7 @@ class SourceOpener:
         self._cache_dir = cache_dir
         self.reading: dict[str, str] = {}
         self.sampled: dict[str, str] = {}
+        self.revision: dict[str, str] = {}
         self._cached: dict[str, Path] = {}
 
     def training(self) -> tuple[dict[str, RowSource], dict[str, HeldOut]]:
@@ -95,6 +96,8 @@ class SourceOpener:
                 self.reading[name] = f"{source.kind}, {column}{masked}, {percent}% held out"
                 if opened.files:
                     self.sampled[name] = sampled_hash(where, opened.files)
+                if opened.revision:
+                    self.revision[name] = f"{where}.revision={opened.revision}"
                 rows[name] = StreamRows(name, reader, opened, trained, self._seq_len, self._seed)
                 if percent > 0:
                     held[name] = StreamHeldOut(name, reader, opened, partial(_kept, percent, True), self._seq_len)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.comm.code import digest_of
 from moetrain.moe.experts import measure, reference
 from moetrain.moe.experts.base import ExpertBackend, Pieces, Wanted, Workload
 from moetrain.moe.experts.pieces import divide
-from moetrain.moe.experts.remember import digest_of, recall, remember
+from moetrain.moe.experts.remember import recall, remember
 
 CANDIDATES = ("triton", "grouped_mm", "reference")  # also the order in which an untimed choice prefers them
 

@@ -44,14 +44,6 @@ def remember(key: dict[str, Any], results: dict[str, Any]) -> None:
         os.replace(file.name, path)
 
 
-def digest_of(directory: Path) -> str:
-    """Changes when any Python file of a package does."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _path(key: dict[str, Any]) -> Path:
     text = json.dumps(key, sort_keys=True)
     return cache_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"

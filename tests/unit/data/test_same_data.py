@@ -62,6 +62,17 @@ def test_a_resume_on_data_that_only_looks_the_same_is_refused(load, write_jsonl,
         loader.load_state_dict(states["other"])
 
 
+def test_a_directory_in_place_of_a_hub_is_known_by_its_files(load, write_jsonl, texts, tmp_path):
+    config = DataConfig(sources={"s": SourceConfig(kind="hub", path=str(tmp_path / "hub"), streaming=True)})
+    path = write_jsonl([{"text": t} for t in texts], "hub/rows.jsonl")
+    state = load(config).state_dict()
+    os.utime(path, ns=(10**18, 10**18))
+    load(config).load_state_dict(state)
+    write_jsonl([{"text": t.swapcase()} for t in texts], "hub/rows.jsonl")
+    with pytest.raises(ValueError, match=r"the checkpoint was trained on other data: .*source s: "):
+        load(config).load_state_dict(state)
+
+
 def test_a_copy_of_the_data_is_the_same_data(config, load, write_jsonl, texts):
     old = load(config)
     config.sources["mapped"].path = write_jsonl([{"text": t} for t in texts], "elsewhere/mapped.jsonl")
