@@ -179,11 +179,18 @@ class RunLock:
         probe.unlink()
         return now
 
+    def _touch(self) -> bool:
+        """One beat. False: the file is another's; one that took its place since we looked is not kept alive either."""
+        with open(self.path) as file:
+            if file.read() != self._text:
+                return False
+            os.utime(file.fileno())
+        return True
+
     def _beat(self) -> None:
         while not self._stop.wait(self.expiry_s / 4):
             try:
-                if self.held():
-                    os.utime(self.path)
+                if self._touch():
                     continue
             except FileNotFoundError:
                 pass  # lost since we looked

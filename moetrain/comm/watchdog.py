@@ -100,8 +100,8 @@ class Watchdog:
         found = self._others()
         if found and min(found) == self.rank:
             summary = self._summary(found)
-            self._write("summary.txt", summary)
             print(summary, file=sys.stderr, flush=True)
+            self._write("summary.txt", summary)  # last: once it is there the others exit, and we are ended with them
         self._wait_for_summary()
         os._exit(1)
 

@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from typing import Any
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.observe.metrics import MEASURED, read_rows
+from moetrain.testing.ports import free_port
 from moetrain.testing.processes import Launch
 from moetrain.testing.small import SMALLEST_MODEL, write_documents
 
@@ -193,9 +193,7 @@ class Chaos:
         import moetrain.trainer  # noqa: F401  # once, before the fork, for all ranks of all rounds
         from moetrain import cli
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         log, pids, overrides = self._log(name), [], self._overrides(run_dir)
         for rank in range(WORLD):
             pid = os.fork()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 PERIOD_S = 0.002
 
@@ -51,3 +55,15 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
     raise RuntimeError("/proc/self/status has no RssAnon: not Linux?")
+
+
+def in_a_fresh_process(fn: Callable[..., int], *args: Any) -> int:
+    """`fn(*args)`, importable, where nothing ran before: what other tests have freed and left lying in the heap decides
+    how much a process grows. Large blocks go back to the system when they are freed, however many were before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_give_back) as pool:
+        return pool.submit(fn, *args).result()
+
+
+def _give_back() -> None:
+    m_mmap_threshold = -3  # malloc.h
+    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 128 * 1024)

@@ -39,9 +39,9 @@ def run_ranks(
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world` ranks with torch.distributed initialised; return the results by rank.
 
-    Results travel through torch.save, so tensors are fine. Raises RankFailure for the first rank that fails; the others
-    are killed, so a collective that waits for the failed one does not hang the test. With nccl, rank 0 has the GPU
-    `first_device`, and the next ranks the next ones.
+    Results travel through torch.save, so tensors are fine. Raises RankFailure for the first rank that fails (not for a
+    peer that fails because the first one is gone); the others are killed, so a collective that waits for the failed one
+    does not hang the test. With nccl, rank 0 has the GPU `first_device`, and the next ranks the next ones.
     """
     context: Any = mp.get_context("fork" if backend == "gloo" else "spawn")
     with tempfile.TemporaryDirectory() as directory:
@@ -71,15 +71,22 @@ def _collect(pipes: dict[Any, int], world: int, timeout_s: float) -> list[Any]:
         ready: list[Any] = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailure(f"ranks {sorted(pipes.values())} of {world} did not finish in {timeout_s} s")
-        for pipe in ready:
+        # On a busy machine we may wake up late, when a peer has failed in its turn. The first one ended before that, so
+        # a second look has its word too; who died without one, or failed earliest, is to blame.
+        failures: list[tuple[float, str]] = []
+        for pipe in [*ready, *(pipe for pipe in wait(list(pipes), timeout=0) if pipe not in ready)]:
             rank = pipes.pop(pipe)
             try:
-                ok, payload = pipe.recv()
+                failed_at, payload = pipe.recv()
             except EOFError:
-                raise RankFailure(f"rank {rank} of {world} died without a word") from None
-            if not ok:
-                raise RankFailure(f"rank {rank} of {world} failed:\n{payload}")
+                failures.append((0.0, f"rank {rank} of {world} died without a word"))
+                continue
+            if failed_at is not None:
+                failures.append((failed_at, f"rank {rank} of {world} failed:\n{payload}"))
+                continue
             results[rank] = torch.load(io.BytesIO(payload), weights_only=False)  # written by our own child
+        if failures:
+            raise RankFailure(min(failures)[1])
     return [results[rank] for rank in range(world)]
 
 
@@ -105,9 +112,9 @@ def _rank_main(
         buffer = io.BytesIO()
         torch.save(result, buffer)
         dist.barrier()  # nobody leaves while a peer may still need its connections
-        send.send((True, buffer.getvalue()))
+        send.send((None, buffer.getvalue()))
     except BaseException:
-        send.send((False, traceback.format_exc()))
+        send.send((time.monotonic(), traceback.format_exc()))  # one clock for all processes of a machine
     finally:
         send.close()
         os._exit(0)  # no atexit handlers of the parent, no NCCL teardown to wait for

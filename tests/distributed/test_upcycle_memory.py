@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from moetrain.checkpoint.hf.save import export_hf
-from moetrain.testing.memory import PeakMemory
+from moetrain.testing.memory import PeakMemory, in_a_fresh_process
 from moetrain.upcycle.convert import build_initializer, convert
 from moetrain.upcycle.virtual_group import VirtualGroup
 
@@ -48,20 +44,7 @@ def source(tmp_path):
     return path
 
 
-def _in_a_fresh_process(fn: Callable[..., int], *args: Path) -> int:
-    """`fn(*args)` where no test ran before: small blocks spread over what those freed, and each wakes a page of it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(fn, *args).result()
-
-
-def _give_back() -> None:
-    """Have the allocator give large blocks back when they are freed, however many were freed before."""
-    m_mmap_threshold = -3  # malloc.h
-    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 128 * 1024)
-
-
 def _upcycle(source: Path, out: Path) -> int:
-    _give_back()
     initializer, make = build_initializer("virtual_group", {}, EXPERTS, 2, 1), VirtualGroup.make
     with PeakMemory() as peak:
 
@@ -76,7 +59,6 @@ def _upcycle(source: Path, out: Path) -> int:
 
 
 def _export(run: Path, out: Path) -> int:
-    _give_back()
     export_hf(run, out.with_name("first"))  # transformers' modules are loaded on the way
     with PeakMemory() as peak:
         export_hf(run, out, shard_bytes=LAYER // 2)
@@ -85,9 +67,9 @@ def _export(run: Path, out: Path) -> int:
 
 def test_peak_is_near_one_layer(source, tmp_path):
     whole = LAYERS * LAYER
-    peak = _in_a_fresh_process(_upcycle, source, tmp_path / "run")
+    peak = in_a_fresh_process(_upcycle, source, tmp_path / "run")
     # A layer's experts, what the writer still holds of the layer before, one expert being made.
     assert 0.9 * LAYER < peak < 2.5 * LAYER < whole / 3
-    peak = _in_a_fresh_process(_export, tmp_path / "run", tmp_path / "back")
+    peak = in_a_fresh_process(_export, tmp_path / "run", tmp_path / "back")
     # A shard twice; a tensor as read from its file, as loaded, and in parts.
     assert peak < 4 * LAYER < whole / 3

@@ -3,13 +3,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from moetrain.testing.ports import free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -32,12 +33,6 @@ seen = {"rank": dist.get_rank(), "node": os.environ["NODE_RANK"], "total": total
 (out / f"rank{dist.get_rank()}").write_text(json.dumps(seen))
 dist.destroy_process_group()
 """
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_two_nodes(tmp_path, arguments, seconds, **environment):
@@ -87,7 +82,7 @@ def test_two_nodes_meet_again_after_a_failure(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     arguments = [str(out), "parallel.ep=2", "x=[a, b]"]
-    run_two_nodes(tmp_path, arguments, seconds=120, MODULE="stub", MAX_RESTARTS="2")
+    run_two_nodes(tmp_path, arguments, seconds=240, MODULE="stub", MAX_RESTARTS="2")
     assert (out / "died").exists()
     ranks = [json.loads((out / f"rank{rank}").read_text()) for rank in (0, 1)]
     assert sorted(rank["node"] for rank in ranks) == ["0", "1"]  # not two groups of one node each
@@ -99,7 +94,7 @@ def test_two_nodes_train_together(tmp_path):
     run_dir = tmp_path / "run"
     overrides = ["experiment=quickstart", "train.steps=3", "train.global_batch=4", "train.micro_batch=1"]
     overrides += ["train.seq_len=64", "train.eval_every=0", "parallel.ep=2", "tracker=none"]
-    run_two_nodes(tmp_path, [*overrides, "run.log_samples=true", f"run.dir={run_dir}"], seconds=180)
+    run_two_nodes(tmp_path, [*overrides, "run.log_samples=true", f"run.dir={run_dir}"], seconds=300)
     rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(0 < row["loss"] < 10 for row in rows)

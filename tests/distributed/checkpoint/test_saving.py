@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import subprocess
 import pytest
 
 from moetrain.checkpoint import manifest
+from moetrain.checkpoint.saver import Saver
 from moetrain.testing import run_ranks
 from moetrain.testing.small import SMALLEST_MODEL
 from moetrain.testing.trajectory import new_trainer
@@ -73,12 +75,17 @@ def small_disk(tmp_path):
 
 def _limited(overrides, limit):
     """Files that grow past `limit` bytes fail on rank 1, which stands in for a quota where nothing can be mounted."""
-    import resource
+    plain = Saver.prepare
 
-    if int(os.environ["RANK"]) == 1:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return train(overrides)
+    def prepare(*args):
+        plain(*args)  # the memory that snapshots go to is a file of no disk
+        if int(os.environ["RANK"]) == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    Saver.prepare = prepare  # a forked rank's own
+    with pytest.raises(Exception, match="the run ends at step 12 and its last checkpoint is of -1"):
+        train(overrides)  # on every rank: the first that failed would end the others before they have cleaned up
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -88,8 +95,7 @@ def test_a_full_disk_stops_the_save_and_not_the_run(tmp_path, small_disk, asynch
     overrides = ["parallel.ep=2", "train.steps=12", "checkpoint.every=3", "checkpoint.keep=2", f"run.dir={run_dir}"]
     overrides.append(f"checkpoint.asynchronous={asynchronous}")
     if small_disk is None:
-        with pytest.raises(Exception, match="the run ends at step 12 and its last checkpoint is of -1"):
-            run_ranks(_limited, world, overrides, 10_000)
+        run_ranks(_limited, world, overrides, 10_000)
     else:
         run_dir.mkdir()
         (run_dir / "checkpoints").symlink_to(small_disk, target_is_directory=True)

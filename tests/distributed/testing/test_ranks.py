@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.testing import RankFailure, run_ranks
+from moetrain.testing import RankFailure, ranks, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -26,6 +26,18 @@ def test_a_failing_rank_is_named_and_does_not_hang_the_others():
 
     with pytest.raises(RankFailure, match=r"rank 1 of 2 failed(.|\n)*needle"):
         run_ranks(fn, 2)
+
+
+def test_who_failed_first_is_named_even_if_others_have_failed_before_we_look(monkeypatch):
+    def fn():
+        if dist.get_rank() == 2:
+            raise KeyError("needle")
+        dist.barrier()
+
+    plain = ranks.wait
+    monkeypatch.setattr(ranks, "wait", lambda pipes, timeout: time.sleep(0.5) or plain(pipes, timeout))
+    with pytest.raises(RankFailure, match=r"rank 2 of 3 failed(.|\n)*needle"):
+        run_ranks(fn, 3)
 
 
 def test_a_rank_that_stays_away_fails_the_others_by_their_time_limit():

@@ -80,6 +80,8 @@ def elsewhere(hub, tmp_path, monkeypatch):
     """elsewhere(fn, ...) -> fn(...) in a process that takes the server for the Hub; it is read at an import."""
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for direct in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(direct, "127.0.0.1")
     for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(offline, "0")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

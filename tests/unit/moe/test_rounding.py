@@ -57,7 +57,7 @@ def by_hand(own, score, context, tile, mode):
     return kept
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_equals_the_definition(data):
     cls, tile = data.draw(st.sampled_from([SoftmaxTopK, SigmoidTopK])), data.draw(st.sampled_from([1, 3, 4, 8]))

@@ -51,7 +51,7 @@ class Hanging(Recorder):
 
     def log(self, row, step):
         super().log(row, step)
-        self.release.wait(60)
+        self.release.wait()
 
 
 def test_calls_arrive_in_order_and_without_secrets(tmp_path):
@@ -94,15 +94,14 @@ def test_a_hanging_tracker_neither_blocks_nor_grows(tmp_path, caplog):
     safe.log({"step": 0}, 0)
     while len(inner.calls) < 2:  # until the thread hangs inside log
         time.sleep(0.005)
-    begin = time.monotonic()
     for step in range(1, 101):
         safe.log({"step": step}, step)
-    assert time.monotonic() - begin < 30  # `log` of the tracker itself takes 60
+    assert not inner.release.is_set()
+    assert len(inner.calls) == 2  # `log` of the tracker is in there still, and this is behind us
     assert safe.dropped == 96  # 4 fit the queue
     with caplog.at_level(logging.WARNING, logger="moetrain.observe"):
-        begin = time.monotonic()
         safe.finish()
-    assert time.monotonic() - begin < 30
+    assert len(inner.calls) == 2  # nor did that wait for it
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert "stuck did not finish in 0.2 s" in messages
     assert "96 rows were not sent" in messages
@@ -189,6 +188,9 @@ def test_wandb_offline_keeps_the_rows_under_the_run(tmp_path, monkeypatch, caplo
         monkeypatch.delenv(name, raising=False)
     options = OmegaConf.to_container(OmegaConf.load(CONFIGS / "wandb.yaml"))
     trackers = build_trackers(options)
+    (safe,) = trackers._trackers
+    safe._finish_timeout = 240  # on a busy machine wandb's own process takes its time to start, and to end
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "240")
     with caplog.at_level(logging.WARNING, logger="moetrain.observe"):
         trackers.start(tmp_path, "run", {"steps": 2})
         for step in (1, 2):
@@ -199,7 +201,7 @@ def test_wandb_offline_keeps_the_rows_under_the_run(tmp_path, monkeypatch, caplo
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert run_id in file.name
     expected = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]
-    deadline = time.monotonic() + 20  # wandb's own process may write the last records after `finish` returned
+    deadline = time.monotonic() + 120  # wandb's own process may write the last records after `finish` returned
     while _history(file) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _history(file) == expected
