@@ -8,6 +8,7 @@ from moetrain.comm.nodes import find_nodes
 from moetrain.comm.peer import unreachable
 from moetrain.moe.dispatch import allgather, collective, copy_engine, local, two_level
 from moetrain.moe.dispatch.base import Dispatcher, ExchangeShape
+from moetrain.moe.dispatch.chunks import check_chunks
 
 GATHER_FROM = 1.5  # experts per token and rank from which an all-gather moves about what deduplicated rows do
 
@@ -24,6 +25,7 @@ def build(
 
     copy_engine moves what allgather does, beside the experts. node_size: as in dispatch=two_level.
     """
+    check_chunks(chunks)
     if group is None or group.size() == 1:
         return local.build(n_experts, group, shape)
     ep = group.size()

@@ -24,6 +24,12 @@ REPEATS, WARMUP = 3, 2
 LOPSIDED = 1.25  # load of the fullest rank over the mean
 
 
+def check_chunks(chunks: str | int) -> None:
+    """Raises ValueError for what is neither "auto" nor a number from 1 on."""
+    if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
+        raise ValueError(f"dispatch.chunks={chunks!r} is no count of pieces; nearest legal value: auto (or 1)")
+
+
 class Chunks:
     """A chunk count for all layers. chunks: a number, or "auto": 1 on a CPU, the first of `candidates` where torch is
     told to be deterministic, else the fastest of them.
@@ -33,8 +39,7 @@ class Chunks:
     """
 
     def __init__(self, name: str, chunks: str | int, candidates: Sequence[int], group: dist.ProcessGroup) -> None:
-        if chunks != "auto" and (isinstance(chunks, (bool, str)) or chunks < 1):
-            raise ValueError(f"dispatch.chunks={chunks!r} is no count of pieces; nearest legal value: auto (or 1)")
+        check_chunks(chunks)
         self.name, self.candidates, self.groups = name, candidates, [group]
         self.count = None if chunks == "auto" else int(chunks)
 

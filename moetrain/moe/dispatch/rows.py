@@ -98,11 +98,14 @@ def moved(row_TR: Tensor, parts: list[Part]) -> Tensor:
 
 def padded(wanted_RT: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """`places` with `rows` for each rank, and [R * rows]: for each rank the tokens it is sent, then empty rows: t - T
-    for some token t, all different ones."""
+    for some token t, all different ones. Fails, on the device, if a rank is wanted by more."""
     ranks, tokens = wanted_RT.shape
+    torch._assert_async(
+        (wanted_RT.sum(1) <= rows).all(), "more rows for a rank than dispatch.capacity.pad has room for"
+    )
     place_RT = wanted_RT.cumsum(1) - 1
     first_R1 = torch.arange(ranks, device=wanted_RT.device)[:, None] * rows
-    place_RT = torch.where(wanted_RT & (place_RT < rows), first_R1 + place_RT, -1)
+    place_RT = torch.where(wanted_RT, first_R1 + place_RT, -1)
     token_N = torch.arange(ranks * rows + 1, device=wanted_RT.device) % tokens - tokens
     token_RT = torch.arange(tokens, device=wanted_RT.device).expand(ranks, tokens)
     target_RT = torch.where(place_RT < 0, ranks * rows, place_RT)

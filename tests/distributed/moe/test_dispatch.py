@@ -14,6 +14,7 @@ from moetrain.moe.dispatch import allgather, auto, collective
 from moetrain.moe.dispatch.base import ExchangeShape
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.local import LocalDispatch
+from moetrain.moe.dispatch.rows import padded
 from moetrain.moe.dispatch.sliced import SlicedDispatch
 from moetrain.moe.experts.pieces import CallPieces
 from moetrain.moe.experts.reference import ReferenceExperts
@@ -76,6 +77,14 @@ def test_static_shapes_without_a_token_are_refused_instead_of_hanging():
             )
 
     run_ranks(one, WORLD)
+
+
+def test_more_rows_than_static_shapes_have_room_for_are_not_dropped():
+    """As those of a router with more slots than model.moe.top_k would be."""
+    wanted_RT = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    assert int((padded(wanted_RT, 3)[0] >= 0).sum()) == 5
+    with pytest.raises(RuntimeError, match=r"more rows for a rank than dispatch\.capacity\.pad has room for"):
+        padded(wanted_RT, 2)
 
 
 def single_process(case):

@@ -6,13 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moetrain.moe.dispatch import allgather, chunks, collective, copy_engine, two_level
+from moetrain.moe.dispatch import allgather, auto, chunks, collective, copy_engine, two_level
 from moetrain.moe.dispatch.chunks import Chunks
 from moetrain.moe.dispatch.sliced import SlicedDispatch
 from moetrain.testing.fake import fake_routing
 
 pytestmark = pytest.mark.unit
 ON_GPU = SimpleNamespace(is_cuda=True, device="cpu")
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "many"])
+def test_what_is_no_count_is_refused_even_where_nothing_moves(count):
+    with pytest.raises(ValueError, match=r"dispatch\.chunks=.* is no count of pieces; nearest legal value: auto"):
+        auto.build(4, None, None, count)
+    with pytest.raises(ValueError, match=r"dispatch\.chunks="):
+        Chunks("any", count, (1, 2), None)
 
 
 @pytest.fixture
