@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +27,10 @@ class Kept:
     keep_TK: Tensor | None = None
     rows: Any = None
     work: list[Any] | None = None
+
+
+@contextmanager
+def kept_graph() -> Iterator[None]:
+    """What autograd saves inside is kept, also within a region whose activations are recomputed."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moetrain.moe.balance.base import Balance, attach_gradients, attach_loss, kept_graph
+from moetrain.moe.balance.base import Balance, attach_gradients, attach_loss
+from moetrain.moe.beside import Beside
 from moetrain.moe.capacity import Capacity, without_dropped
 from moetrain.moe.experts.module import Experts
-from moetrain.moe.kept import Kept
+from moetrain.moe.kept import Kept, kept_graph
 from moetrain.moe.shared import SharedExperts
 from moetrain.moe.stats import RoutingStats
 from moetrain.moe.tape import LayerTape
@@ -47,9 +48,10 @@ class MoELayer(nn.Module):
         training = torch.is_grad_enabled()  # evaluation moves neither losses nor counters
         again = self.kept is not None and self.kept.expert_TK is not None
         routing = self._route(x_TD, context, carry, training and not again)
-        y_TD = self.experts(x_TD, self._limit(routing) if training else routing)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        beside = Beside(self.shared) if self.shared is not None else None
+        y_TD = self.experts(x_TD, replace(self._limit(routing) if training else routing, beside=beside))
+        if beside is not None and not beside.done:
+            y_TD = y_TD + beside.module(x_TD)
         if training and not again:
             y_TD = self._balance(y_TD, routing)
         return y_TD.view_as(x_BSD), routing.carry

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moetrain.moe.beside import Beside
 from moetrain.moe.kept import Kept
 
 
@@ -74,6 +75,7 @@ class Routing:
     context: the tokens it was made for. carry: what the next MoE layer's router may look at.
     top_k: how many experts a token chose; rounding may give it more slots or fewer experts (router/rounding.py).
     kept: where a dispatcher may leave what a recomputed pass need not work out again; None without recomputation.
+    beside: what a dispatcher may do while rows travel, and add to what it returns; None, or done by whoever called it.
     bounded: a capacity keeps what goes from rank to rank below ExchangeShape.rows.
     most: tokens of which no rank of the dispatcher's group has more; None if it knows of no number but its shape's.
     """
@@ -88,5 +90,6 @@ class Routing:
     carry: Tensor | None = None
     top_k: int = 0
     kept: Kept | None = None
+    beside: Beside | None = None
     bounded: bool = False
     most: int | None = None

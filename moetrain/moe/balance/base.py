@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,10 +75,3 @@ class _AttachGradients(torch.autograd.Function):
 def attach_gradients(y: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
     """`y` unchanged, with a loss added to the objective whose gradients by `tensors` are known to be `grads`."""
     return _AttachGradients.apply(y, tuple(grads), *tensors)
-
-
-@contextmanager
-def kept_graph() -> Iterator[None]:
-    """What autograd saves inside is kept, also within a region whose activations are recomputed."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        yield

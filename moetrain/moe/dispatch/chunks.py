@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.moe.balance.base import kept_graph
 from moetrain.moe.dispatch.base import Weights
+from moetrain.moe.kept import kept_graph
 from moetrain.moe.types import Routing
 
 Run = Callable[[int, Tensor, Routing, Weights], Tensor]  # chunks, x_TD, routing, weights -> y_TD
@@ -92,7 +92,7 @@ def _measure(run: Run, chunks: int, x_TD: Tensor, routing: Routing, weights: Wei
             events[i].record()
         x, gate, *w = (t.detach().requires_grad_() for t in (x_TD, routing.gate_TK, *weights))
         with kept_graph():  # the layer around it may be one whose activations are recomputed
-            y_TD = run(chunks, x, replace(routing, gate_TK=gate, kept=None), (w[0], w[1]))
+            y_TD = run(chunks, x, replace(routing, gate_TK=gate, kept=None, beside=None), (w[0], w[1]))
             torch.autograd.grad(y_TD, (x, gate, *w), torch.ones_like(y_TD))
     events[-1].record()
     torch.cuda.synchronize()

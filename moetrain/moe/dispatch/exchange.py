@@ -9,6 +9,7 @@ transport's (`base.Trip`), computation the backend's (`experts/base.Pieces`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moetrain.comm.compat import graph_is_kept
-from moetrain.moe.balance.base import kept_graph
+from moetrain.moe.beside import Beside, Graph, gradients
 from moetrain.moe.dispatch.base import Trip, Weights
 from moetrain.moe.dispatch.schedule import in_turn
 from moetrain.moe.experts.base import ExpertBackend, Pieces
 from moetrain.moe.experts.pieces import divide
-from moetrain.moe.kept import Kept
+from moetrain.moe.kept import Kept, kept_graph
 from moetrain.moe.types import Routing
 
 
@@ -34,25 +35,28 @@ def exchange(
 
     first_expert: the global number of the first expert that `experts` reaches.
     """
-    job = _Job(trip, experts, first_expert, routing.kept, torch.is_grad_enabled())
-    return _Exchange.apply(x_TD, routing.gate_TK, routing.expert_TK, *weights, job)
+    job = _Job(trip, experts, first_expert, routing.kept, routing.beside, torch.is_grad_enabled())
+    more = routing.beside.parameters if routing.beside else []
+    return _Exchange.apply(x_TD, routing.gate_TK, routing.expert_TK, *weights, job, *more)
 
 
 @dataclass
 class _Job:
     """What the passes of one exchange share.
 
-    work: what the experts keep from the forward to the backward pass. answer: the output's gradient and the inputs',
-    while they may be asked for again: pipeline schedules that split backward passes ask for those of inputs first,
-    then for those of weights, and autograd does not say which it wants. The second time nothing is exchanged.
+    work: what the experts, and `beside`, keep from the forward to the backward pass. answer: the output's gradient and
+    the inputs', while they may be asked for again: pipeline schedules that split backward passes ask for those of
+    inputs first, then for those of weights, and autograd does not say which it wants. The second time nothing is
+    exchanged.
     """
 
     trip: Trip
     experts: ExpertBackend
     first_expert: int
     kept: Kept | None
+    beside: Beside | None
     training: bool
-    work: Pieces | None = None
+    work: tuple[Pieces, Graph | None] | None = None
     answer: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
 
     @property
@@ -64,8 +68,9 @@ class _Job:
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, job: _Job
-    ) -> Tensor:
+        ctx: Any, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, job: _Job,
+        *more: Tensor,
+    ) -> Tensor:  # fmt: skip
         wanted = ctx.needs_input_grad
         grads = (True, wanted[1], wanted[3], wanted[4])  # the way home is dx's, which gates' gradients share
         work = divide(job.experts, (w_gate_up, w_down), grads if job.with_graphs and any(wanted) else None)
@@ -82,14 +87,25 @@ class _Exchange(torch.autograd.Function):
             more = leg.rest() if piece == 0 else None
             leg.give(piece, work.finish(piece, leg.room(piece), more))
 
-        in_turn(job.trip, work, x_TD.device, start, finish)
+        beside_TD, graph = None, None
+
+        def last(stay: Callable[[], None]) -> None:
+            nonlocal beside_TD, graph
+            if job.beside is not None:
+                with kept_graph() if job.kept else nullcontext():
+                    beside_TD, graph = job.beside.run(x_TD, wanted[0], job.with_graphs)
+            stay()
+
+        in_turn(job.trip, work, x_TD.device, start, finish, last)
         y_TD, _ = leg.collect()
+        if beside_TD is not None:
+            y_TD = y_TD + beside_TD
         ctx.job, ctx.gate_dtype = job, gate_TK.dtype
         ctx.save_for_backward(gate_TK)  # asked for, it has a recomputed pass run
         if job.kept is not None:
-            job.kept.work = [work] if job.with_graphs else []
+            job.kept.work = [(work, graph)] if job.with_graphs else []
         elif job.training:
-            job.work = work
+            job.work = work, graph
         return y_TD
 
     @staticmethod
@@ -100,8 +116,9 @@ class _Exchange(torch.autograd.Function):
             (before_TD, answer), job.answer = job.answer, job.answer if graph_is_kept() else None
             _same_gradient(grads[0], before_TD)
             return answer
-        work = _take_work(job, ctx)
+        work, graph = _take_work(job, ctx)
         leg = job.trip.start(grads[0].contiguous())
+        beside = gradients(graph, grads[0]) if graph else []
 
         def finish(piece: int) -> None:
             more = leg.rest() if piece == 0 else None
@@ -122,7 +139,9 @@ class _Exchange(torch.autograd.Function):
         dx_TD, dgate_TK = leg.collect()
         if dgate_TK is not None:
             dgate_TK = dgate_TK.to(ctx.gate_dtype)
-        answer = (dx_TD, dgate_TK, None, *dw, None)
+        if graph and ctx.needs_input_grad[0]:
+            dx_TD = dx_TD + beside.pop(0)
+        answer = (dx_TD, dgate_TK, None, *dw, None, *beside)
         job.answer = (grads[0], answer) if graph_is_kept() else None
         return answer
 
@@ -135,7 +154,7 @@ def _same_gradient(dy_TD: Tensor, before_TD: Tensor) -> None:
     torch._assert_async(~other, "a MoE layer's backward pass is run twice for different gradients of its output")
 
 
-def _take_work(job: _Job, ctx: Any) -> Pieces:
+def _take_work(job: _Job, ctx: Any) -> tuple[Pieces, Graph | None]:
     if job.kept is None:
         work, job.work = job.work, None
     else:

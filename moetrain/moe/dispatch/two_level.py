@@ -70,7 +70,7 @@ class TwoLevelDispatch:
             def in_node(
                 x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor
             ) -> Tensor:
-                landed = replace(routing, expert_TK=expert_TK, gate_TK=gate_TK, kept=None, bounded=False)
+                landed = replace(routing, expert_TK=expert_TK, gate_TK=gate_TK, kept=None, beside=None, bounded=False)
                 landed = replace(landed, most=next(bounds))
                 return self.inside(x_TD, landed, experts, (w_gate_up_E2FD, w_down_EDF))
 
