@@ -3,8 +3,9 @@
 Both directions run the same schedule over the same trip, because the gradient of a sum is sent where its parts came
 from: rows go out (tokens; gradients of the output), experts work piece by piece while other pieces travel, and what
 they made goes home (weighted sums; gradients of tokens and gates). Beside the last rows' way home the experts finish
-the rows that never left and, in the backward pass, make the weight gradients of all pieces. Communication is the
-transport's (`base.Trip`), computation the backend's (`experts/base.Pieces`).
+the rows that never left and, in the backward pass, make the weight gradients of all pieces. Shared experts are done
+there too, and their gradients beside the first rows' way out. Communication is the transport's (`base.Trip`),
+computation the backend's (`experts/base.Pieces`).
 """
 
 from __future__ import annotations
