@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.moe.beside import Beside
 from moetrain.moe.dispatch import allgather, collective, exchange
 from moetrain.moe.dispatch.base import ExchangeShape
+from moetrain.moe.dispatch.local import LocalDispatch
 from moetrain.moe.experts.reference import ReferenceExperts
 from moetrain.moe.kept import Kept
 from moetrain.moe.shared import SharedExperts
@@ -101,9 +100,7 @@ def test_they_hide_the_last_way_home_and_back_the_first_way_out(chunks):
 
 
 def test_a_dispatcher_that_knows_nothing_of_it_leaves_it_undone():
-    routing = fake_routing(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
     beside = Beside(shared_experts())
-    from moetrain.moe.dispatch.local import LocalDispatch
-
-    LocalDispatch()(torch.ones(2, D).double(), replace(routing, beside=beside), lambda x, *rest: x, ())
+    routing = fake_routing(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), beside=beside)
+    LocalDispatch()(torch.ones(2, D).double(), routing, lambda x, *rest: x, ())
     assert not beside.done
